@@ -1,0 +1,29 @@
+"""meshwright: choose, prove, run and learn parallel layouts for training large models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES: dict[str, str] = {
+    "Finding": "meshwright.findings",
+    "MeshwrightError": "meshwright.errors",
+}
+"""Where each public name lives. Names are imported when first used, so that a command pays only
+for what it needs (``meshwright --help`` imports neither numpy nor torch)."""
+
+__all__ = ["Finding", "MeshwrightError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'meshwright' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
