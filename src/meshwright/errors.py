@@ -18,8 +18,8 @@ from collections.abc import Iterable
 class MeshwrightError(ValueError):
     """An input that cannot work.
 
-    Attributes: ``field`` (dotted name of what is wrong), ``value`` (what was given), ``rule`` (what
-    must hold) and ``remedy`` (what to write instead, with the nearest legal values where they exist).
+    Attributes: ``field`` (dotted name of what is wrong), ``value`` (what was given), ``rule``
+    (what must hold) and ``remedy`` (what to write instead, with the nearest legal values).
     """
 
     def __init__(self, field: str, value: object, rule: str, remedy: str) -> None:
@@ -55,7 +55,7 @@ class LaunchError(MeshwrightError):
 
 
 def did_you_mean(value: str, known: Iterable[str], most: int = 3) -> str:
-    """Return a remedy that names the known spellings nearest to ``value``, or all of them if few."""
+    """Return a remedy: the known spellings nearest to ``value``, or all of them if few."""
     names = sorted(known)
     near = difflib.get_close_matches(value.lower(), [n.lower() for n in names], n=most, cutoff=0.5)
     if near:

@@ -1,7 +1,8 @@
 """The layout: how training is split over ranks. One layout, or a table with a column per field.
 
-``Layout[int]`` is one layout; ``Layout[Ints]`` (``Layouts``) is a table of them, every field a column
-of int64. Degree arithmetic is written once and serves both. A layout knows no cost and no model.
+``Layout[int]`` is one layout; ``Layout[Ints]`` (``Layouts``) is a table of them, every field a
+column of int64. Degree arithmetic is written once and serves both. A layout knows no cost and no
+model.
 """
 
 from __future__ import annotations
@@ -418,7 +419,10 @@ def from_text(text: str, gpus: int | None = None) -> Layout[int]:
     return made
 
 
-_INTEGERS = ["tp", "cp", "dp", "pp", "vpp", "ep", "etp", "edp", "mbs", "dp_replicate", "first", "last", "microbatch_group_size"]
+_INTEGERS = (
+    *("tp", "cp", "dp", "pp", "vpp", "ep", "etp", "edp", "mbs", "dp_replicate"),
+    *("first", "last", "microbatch_group_size"),
+)
 _BOOLEANS = ("sp", "account_for_embedding", "account_for_loss")
 _CHOICES: dict[str, dict[str, IntEnum]] = {
     "zero": {z.name: z for z in Zero},
