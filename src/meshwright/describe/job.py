@@ -1,0 +1,182 @@
+"""What is trained, whatever the layout: sequence, batch, precision, optimizer, task, switches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+from meshwright.errors import JobError, did_you_mean
+
+Task = Literal["pretrain", "sft", "lora"]
+TASKS: tuple[Task, ...] = ("pretrain", "sft", "lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How numbers are held.
+
+    ``matmul`` names the GPU peak that linear layers run at, ``attention`` that of the scores.
+    ``*_bytes`` are bytes per element: weights as held for compute, the extra quantised copies of
+    them that FP8 recipes cache, gradients as accumulated and as reduced, the master copy (0: none),
+    each Adam moment, activations, matmul inputs kept for backward. ``quantise_moved`` is the number
+    of elements read and written per matmul input element to quantise it.
+    """
+
+    name: str
+    matmul: str
+    attention: str = "bf16"
+    param_bytes: float = 2.0
+    param_copy_bytes: float = 0.0
+    grad_bytes: float = 4.0
+    grad_reduce_bytes: float = 4.0
+    param_gather_bytes: float = 2.0
+    master_bytes: float = 4.0
+    moment_bytes: float = 8.0
+    act_bytes: float = 2.0
+    matmul_input_bytes: float = 2.0
+    quantise_bytes_per_element: float = 0.0
+    bf16_layers: int = 0
+    """Layers at the start and end together that stay in bf16."""
+
+
+PRECISIONS: dict[str, Precision] = {
+    p.name: p
+    for p in (
+        Precision(name="bf16", matmul="bf16"),
+        Precision(name="fp16", matmul="fp16", attention="fp16"),
+        Precision(
+            name="fp32",
+            matmul="tf32",
+            attention="tf32",
+            param_bytes=4.0,
+            param_gather_bytes=4.0,
+            master_bytes=0.0,
+            act_bytes=4.0,
+            matmul_input_bytes=4.0,
+        ),
+        Precision(name="fp8", matmul="fp8", matmul_input_bytes=1.0, quantise_bytes_per_element=3.0),
+        Precision(
+            name="fp8-cs",
+            param_copy_bytes=1.0,
+            matmul="fp8",
+            matmul_input_bytes=1.0,
+            quantise_bytes_per_element=4.0,
+        ),
+        Precision(
+            name="fp8-mx",
+            param_copy_bytes=2.0,
+            matmul="fp8",
+            matmul_input_bytes=1.0,
+            quantise_bytes_per_element=4.0,
+        ),
+        Precision(
+            name="fp8-blockwise",
+            param_copy_bytes=2.0,
+            matmul="fp8",
+            matmul_input_bytes=1.0,
+            quantise_bytes_per_element=4.0,
+        ),
+        Precision(
+            name="nvfp4",
+            matmul="fp4",
+            matmul_input_bytes=0.5625,
+            param_copy_bytes=1.125,
+            quantise_bytes_per_element=5.0,
+        ),
+    )
+}
+"""Recipes by name. FP8: Micikevicius et al., arXiv:2209.05433; MXFP8 and NVFP4: OCP MX 1.0 and
+NVIDIA's NVFP4 note (one scale byte per 16 values: 0.5625 bytes an element)."""
+
+PRECISION_ALIASES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "fp8-te": "fp8",
+    "fp8-delayed": "fp8",
+    "fp8-tensorwise": "fp8-cs",
+    "fp8-rowwise": "fp8-cs",
+    "fp8-sc": "fp8-blockwise",
+    "mxfp8": "fp8-mx",
+    "fp4": "nvfp4",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Switches of the framework that move time and memory but are not part of the layout.
+
+    The defaults are those of a tuned Megatron-Core run: everything overlapped that can be.
+    """
+
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    overlap_tp_comm: bool = True
+    overlap_cp_comm: bool = True
+    overlap_ep_comm: bool = False
+    overlap_pp_comm: bool = True
+    delay_weight_grad: bool = False
+    cuda_graphs: Literal["none", "partial", "full"] = "none"
+    dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = "alltoall"
+    flash_attention: bool = True
+    fused_cross_entropy: bool = True
+    grouped_gemm: bool = True
+    forced_balance: bool = True
+    capacity_factor: float | None = None
+    shared_expert_overlap: bool = False
+    optimizer_offload_fraction: float = 0.0
+    activation_offload_layers: int = 0
+    cross_entropy_in_fp32: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Sequence, batch, precision, optimizer and task of a run.
+
+    ``seq_len`` in tokens, ``gbs`` in sequences. ``reserved_bytes`` is memory kept free for others.
+
+    Raises ``JobError`` naming the field when a size is below 1 or a choice is unknown.
+    """
+
+    seq_len: int
+    gbs: int
+    precision: Precision = field(default=PRECISIONS["bf16"])
+    task: Task = "pretrain"
+    lora_rank: int = 16
+    execution: Execution = field(default_factory=Execution)
+    reserved_bytes: float = 0.0
+    assumed: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "gbs", "lora_rank"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 2**40:
+                raise JobError(
+                    f"job.{name}", value, "It is a whole number of at least 1.", "Use 1 or more."
+                )
+        if self.task not in TASKS:
+            raise JobError("job.task", self.task, "Unknown task.", did_you_mean(self.task, TASKS))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.seq_len * self.gbs
+
+
+def precision(name: str) -> Precision:
+    """Return a recipe by name. Raises ``JobError`` with the nearest names when unknown."""
+    key = name.lower().replace("_", "-")
+    key = PRECISION_ALIASES.get(key, key)
+    if key not in PRECISIONS:
+        known = {*PRECISIONS, *PRECISION_ALIASES}
+        raise JobError("job.precision", name, "Unknown precision.", did_you_mean(name, known))
+    return PRECISIONS[key]
+
+
+def job(*, seq_len: int, gbs: int, precision_name: str = "bf16", task: str = "pretrain") -> Job:
+    """Make a job from plain words. Raises ``JobError``."""
+    if task not in TASKS:
+        raise JobError("job.task", task, "Unknown task.", did_you_mean(task, TASKS))
+    return Job(
+        seq_len=seq_len, gbs=gbs, precision=precision(precision_name), task=cast("Task", task)
+    )
