@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from meshwright.errors import MeshwrightError
     from meshwright.findings import Finding
+    from meshwright.parallel.mesh import rank_groups
 
 __version__ = "0.1.0"
 
 _HOMES: dict[str, str] = {
     "Finding": "meshwright.findings",
     "MeshwrightError": "meshwright.errors",
+    "rank_groups": "meshwright.parallel.mesh",
 }
 """Where each public name lives. Names are imported when first used, so that a command pays only
 for what it needs (``meshwright --help`` imports neither numpy nor torch)."""
 
-__all__ = ["Finding", "MeshwrightError", "__version__"]
+__all__ = ["Finding", "MeshwrightError", "__version__", "rank_groups"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,9 +8,10 @@ model.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum, IntFlag
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, SupportsIndex, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,8 +184,8 @@ def layout(
     """
     degrees = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "mbs": mbs}
     for name, value in {**degrees, "dp_replicate": dp_replicate, "dp": dp, "gpus": gpus}.items():
-        if value is not None and value < 1:
-            raise LayoutError(f"layout.{name}", value, "A degree is at least 1.", "Use 1 or more.")
+        if value is not None:
+            whole_number(f"layout.{name}", value)
     if dp is None:
         unit = tp * cp * pp
         dp = (gpus or minimum_world_size(tp, cp, pp, ep, etp)) // unit
@@ -233,6 +234,20 @@ def layout(
         pipeline_layout=pipeline_layout,
         hierarchical_cp=hierarchical_cp,
     )
+
+
+def whole_number(field: str, value: object, low: int = 1, high: int = 2**31 - 1) -> int:
+    """Return ``value`` as an int. Raises ``LayoutError`` unless it is one, from low to high."""
+    try:
+        number = operator.index(cast("SupportsIndex", value))
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise LayoutError(field, value, "It is a whole number.", f"Use {low} or more.")
+    if not low <= number <= high:
+        rule = f"It lies between {low} and {high}."
+        raise LayoutError(field, number, rule, f"Use {low if number < low else high}.")
+    return number
 
 
 def minimum_world_size(tp: int, cp: int, pp: int, ep: int, etp: int) -> int:
@@ -471,11 +486,7 @@ def _read_integer(key: str, value: str) -> int:
         raise LayoutError(
             f"layout.{key}", value, "It is a whole number.", f"Write {key}={max(low, 1)}."
         ) from None
-    if not low <= number < 2**31:
-        raise LayoutError(
-            f"layout.{key}", number, f"It lies between {low} and {2**31 - 1}.", "Use 1 or more."
-        )
-    return number
+    return whole_number(f"layout.{key}", number, low)
 
 
 def with_columns(x: Layouts, **columns: Any) -> Layouts:
