@@ -1,0 +1,1 @@
+"""What is trained, on what: models, clusters and jobs, before anything is split."""
