@@ -9,18 +9,20 @@ if TYPE_CHECKING:
     from meshwright.errors import MeshwrightError
     from meshwright.findings import Finding
     from meshwright.parallel.mesh import rank_groups
+    from meshwright.parallel.placement import place_layers
 
 __version__ = "0.1.0"
 
 _HOMES: dict[str, str] = {
     "Finding": "meshwright.findings",
     "MeshwrightError": "meshwright.errors",
+    "place_layers": "meshwright.parallel.placement",
     "rank_groups": "meshwright.parallel.mesh",
 }
 """Where each public name lives. Names are imported when first used, so that a command pays only
 for what it needs (``meshwright --help`` imports neither numpy nor torch)."""
 
-__all__ = ["Finding", "MeshwrightError", "__version__", "rank_groups"]
+__all__ = ["Finding", "MeshwrightError", "__version__", "place_layers", "rank_groups"]
 
 
 def __getattr__(name: str) -> Any:

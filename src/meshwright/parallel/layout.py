@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum, IntFlag
 from typing import Any, Generic, SupportsIndex, TypeVar, cast
@@ -250,6 +251,13 @@ def whole_number(field: str, value: object, low: int = 1, high: int = 2**31 - 1)
     return number
 
 
+def written(field: str, value: object) -> str:
+    """Return ``value``. Raises ``LayoutError`` unless it is text."""
+    if not isinstance(value, str):
+        raise LayoutError(field, value, "It is text.", "Write it in quotes.")
+    return value
+
+
 def minimum_world_size(tp: int, cp: int, pp: int, ep: int, etp: int) -> int:
     """Return the smallest world that holds both meshes: PP * lcm(TP*CP, EP*ETP).
 
@@ -403,6 +411,10 @@ def to_text(x: Layout[int]) -> str:
     return " ".join(f"{k}={v}" for k, v in shown.items())
 
 
+_BETWEEN_ITEMS = re.compile(r"[,\s]+(?=\w+=)|\s+")
+"""A comma parts two items only before a key: pipeline layouts may hold commas."""
+
+
 def from_text(text: str, gpus: int | None = None) -> Layout[int]:
     """Read space- or comma-separated ``key=value`` text, e.g. ``"tp=4 pp=4 vpp=5"``.
 
@@ -411,7 +423,7 @@ def from_text(text: str, gpus: int | None = None) -> Layout[int]:
     Raises ``LayoutError`` naming the key, its value, the rule and the nearest legal spelling.
     """
     values: dict[str, Any] = {}
-    for item in text.replace(",", " ").split():
+    for item in _BETWEEN_ITEMS.split(text.strip(", ")) if text.strip(", ") else ():
         key, sign, value = item.partition("=")
         if not sign:
             raise LayoutError(

@@ -12,13 +12,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import LayoutError, did_you_mean
-from meshwright.parallel.layout import DEFAULT_ORDER, Int, Ints, Layout, layout, whole_number
+from meshwright.parallel.layout import (
+    DEFAULT_ORDER,
+    Int,
+    Ints,
+    Layout,
+    layout,
+    whole_number,
+    written,
+)
 
 MOST_RANKS = 2**20
 """The largest world whose groups are written out rank by rank."""
@@ -261,8 +269,8 @@ def rank_groups(
         ep=ep,
         etp=tp if etp is None else etp,
         gpus=gpus,
-        order=order,
-        hierarchical_cp=None if hierarchical_cp is None else tuple(hierarchical_cp),
+        order=written("layout.order", order),
+        hierarchical_cp=_levels(hierarchical_cp),
     )
     _check_groups(x)
     dense, expert = dense_mesh(x), expert_mesh(x)
@@ -271,6 +279,16 @@ def rank_groups(
     found["embedding"] = [[g[0], g[-1]] if len(g) > 1 else g for g in found["pp"]]
     found["position_embedding"] = [g[:1] for g in found["pp"]]
     return found | _hierarchical_cp_groups(found["cp"], x.hierarchical_cp or ())
+
+
+def _levels(hierarchical_cp: object) -> tuple[int, ...] | None:
+    if hierarchical_cp is None:
+        return None
+    if not isinstance(hierarchical_cp, list | tuple):
+        rule = "It is a list of sizes, innermost first."
+        raise LayoutError("layout.hierarchical_cp", hierarchical_cp, rule, "Write [2, 2].")
+    sizes = cast("Sequence[object]", hierarchical_cp)
+    return tuple(whole_number("layout.hierarchical_cp", size) for size in sizes)
 
 
 _DENSE_GROUPS = {
