@@ -18,7 +18,7 @@ from meshwright.errors import MeshwrightError
 _DECIMAL: Final = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15, "e": 1e18}
 _SECONDS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _COUNTS: Final = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-_NUMBER: Final = re.compile(r"\s*([+-]?(?:\d+(?:[_,]\d{3})*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)(.*)")
+_NUMBER: Final = re.compile(r"\s*([+-]?(?:\d+(?:[_,]\d{3})*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?)(\D.*)?")
 _MICRO: Final = str.maketrans({"\u00b5": "u", "\u03bc": "u"})
 
 EXAMPLES: Final = {
@@ -66,12 +66,12 @@ def _split(value: object, unit: str, field: str) -> tuple[Decimal, str]:
     """Return number and unit text of ``value``; decimal, so that 5 us is 5e-6 to the last bit."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return Decimal(value), ""
-    match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
+    match = _NUMBER.fullmatch(value[:400]) if isinstance(value, str) else None
     if match is None:
         rule = f"It must be a number of {_words(unit)}."
         raise MeshwrightError(field, value, rule, f"Write it as {EXAMPLES[unit]}.")
     digits = match[1].replace("_", "").replace(",", "")
-    return Decimal(digits), match[2].strip().translate(_MICRO)
+    return Decimal(digits), (match[2] or "").strip().translate(_MICRO)
 
 
 def _words(unit: str) -> str:
