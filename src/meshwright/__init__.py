@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from meshwright.describe.model import Model
+    from meshwright.describe.models import load_model, parameters
     from meshwright.errors import MeshwrightError
     from meshwright.findings import Finding
     from meshwright.parallel.mesh import rank_groups
@@ -16,13 +18,25 @@ __version__ = "0.1.0"
 _HOMES: dict[str, str] = {
     "Finding": "meshwright.findings",
     "MeshwrightError": "meshwright.errors",
+    "Model": "meshwright.describe.model",
+    "load_model": "meshwright.describe.models",
+    "parameters": "meshwright.describe.models",
     "place_layers": "meshwright.parallel.placement",
     "rank_groups": "meshwright.parallel.mesh",
 }
 """Where each public name lives. Names are imported when first used, so that a command pays only
 for what it needs (``meshwright --help`` imports neither numpy nor torch)."""
 
-__all__ = ["Finding", "MeshwrightError", "__version__", "place_layers", "rank_groups"]
+__all__ = [
+    "Finding",
+    "MeshwrightError",
+    "Model",
+    "__version__",
+    "load_model",
+    "parameters",
+    "place_layers",
+    "rank_groups",
+]
 
 
 def __getattr__(name: str) -> Any:

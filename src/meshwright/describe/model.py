@@ -34,13 +34,14 @@ class OpKind(Enum):
     """The loss over the vocabulary."""
 
 
-Where = Literal["tp", "sp", "expert"]
+Where = Literal["tp", "sp", "expert", "routed"]
 """Where an activation lives, that is, what divides its elements besides context parallelism.
 
 - ``tp``: inside a tensor-parallel region. Its *features* are divided by TP, tokens are whole.
 - ``sp``: between regions. Its *tokens* are divided by TP when sequence parallelism is on.
 - ``expert``: among the experts. Tokens are those that dispatch brings to the rank; features are
   divided by ETP.
+- ``routed``: at the experts' door. Tokens are those that dispatch brings; features are whole.
 - A tensor with whole features and whole tokens (the gathered input of a tensor-parallel region)
   is never kept by Megatron, so it has no word here.
 """
@@ -191,27 +192,46 @@ class Model:
         """Whether any layer has experts."""
         return self.num_experts > 0
 
+    @cached_property
+    def block_kinds(self) -> tuple[Block, ...]:
+        """Every kind of block once: layer kinds, embedding, head, then each MTP layer.
+
+        The order of the last axis [K] of every cost that is per kind of block.
+        """
+        return (*self.layer_kinds, self.embedding, self.head, *self.mtp_layers)
+
     def blocks(self) -> Iterator[Block]:
         """Yield every block in order: embedding, layers, head, MTP."""
-        yield self.embedding
-        for kind in self.layer_pattern:
-            yield self.layer_kinds[kind]
-        yield self.head
+        yield from self._main_blocks()
         yield from self.mtp_layers
 
     @cached_property
     def num_params(self) -> int:
-        """Weights of the whole model, vocabulary unpadded, tied tables counted once."""
-        return sum(b.num_params for b in self.blocks())
+        """Weights of the main model, vocabulary unpadded, tied tables counted once.
+
+        Multi-token prediction is left out (``num_mtp_params``), as in published sizes.
+        """
+        return sum(b.num_params for b in self._main_blocks())
+
+    @cached_property
+    def num_mtp_params(self) -> int:
+        """Weights of the multi-token-prediction layers."""
+        return sum(b.num_params for b in self.mtp_layers)
+
+    @cached_property
+    def num_expert_params(self) -> int:
+        """Weights of the routed experts of the main model."""
+        ops = (op for block in self._main_blocks() for op in block.ops)
+        return sum(op.params for op in ops if op.kind is OpKind.grouped_matmul)
 
     @cached_property
     def num_active_params(self) -> int:
         """Weights that one token meets: of the experts only ``topk`` of ``num_experts``."""
-        total = 0
-        for block in self.blocks():
-            for op in block.ops:
-                if op.kind is OpKind.grouped_matmul:
-                    total += op.params * self.topk // op.copies
-                else:
-                    total += op.params
-        return total
+        idle = self.num_experts - self.topk
+        return self.num_params - self.num_expert_params * idle // max(self.num_experts, 1)
+
+    def _main_blocks(self) -> Iterator[Block]:
+        yield self.embedding
+        for kind in self.layer_pattern:
+            yield self.layer_kinds[kind]
+        yield self.head

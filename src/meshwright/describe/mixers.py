@@ -1,0 +1,272 @@
+"""The ops of softmax attention, latent attention, Mamba and the gated delta net."""
+
+from __future__ import annotations
+
+from meshwright.describe.blocks import FULL, column_linear, elementwise, row_linear, whole_linear
+from meshwright.describe.facts import Attention, DeltaNet, LatentAttention, Mamba, Mixer
+from meshwright.describe.model import Comm, Op, OpKind, Saved
+from meshwright.parallel.layout import Recompute
+
+
+def mixer_ops(mixer: Mixer, hidden_size: int) -> list[Op]:
+    """Return the ops between the norm before a mixer and the residual add after it."""
+    match mixer:
+        case Attention():
+            return _attention(mixer, hidden_size)
+        case LatentAttention():
+            return _latent_attention(mixer, hidden_size)
+        case Mamba():
+            return _mamba(mixer, hidden_size)
+        case DeltaNet():
+            return _delta_net(mixer, hidden_size)
+
+
+def _core_attention(
+    *,
+    heads: int,
+    kv_heads: int,
+    qk: int,
+    v: int,
+    window: int = 0,
+    sinks: bool = False,
+    drop_qkv: Recompute = FULL,
+) -> Op:
+    """Return the attention itself; ``drop_qkv`` names what computes Q, K and V again.
+
+    Recomputing it (``core_attn``) still keeps Q, K, V, its inputs, and the output, which the
+    projection keeps: with flash attention it frees the log-sum-exp only.
+    """
+    core = Recompute.core_attn | FULL
+    q_k_v = heads * qk + kv_heads * (qk + v)
+    return Op(
+        name="core_attention",
+        kind=OpKind.attention,
+        params=heads * sinks,
+        holder="tp",
+        where="tp",
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        qk_head_dim=qk,
+        v_head_dim=v,
+        window=window,
+        saved=(
+            Saved(name="q_k_v", elements=q_k_v, where="tp", dropped=drop_qkv),
+            Saved(name="softmax_lse", elements=heads, where="tp", dtype="fp32", dropped=core),
+            Saved(name="attention_output", elements=heads * v, where="tp"),
+        ),
+        comm=(
+            Comm(kind="cp_kv", elements=kv_heads * (qk + v)),
+            Comm(kind="cp_heads", elements=q_k_v + heads * v),
+        ),
+        rerun=core,
+        trained_in_16_bit=True,
+    )
+
+
+def _attention(a: Attention, h: int) -> list[Op]:
+    q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    ops = [
+        column_linear(
+            "qkv",
+            h,
+            q * (2 if a.output_gate else 1) + 2 * kv,
+            bias=a.qkv_bias,
+            saved=(Saved(name="qkv_input", elements=h, where="sp", dtype="matmul"),),
+        )
+    ]
+    if a.qk_norm:
+        ops.append(_qk_norm(a, q, kv))
+    if a.rope:
+        ops.append(elementwise("rope", 2 * (q + kv), backward_moved=2 * (q + kv)))
+    ops.append(
+        _core_attention(
+            heads=a.num_heads,
+            kv_heads=a.num_kv_heads,
+            qk=a.head_dim,
+            v=a.head_dim,
+            window=a.window,
+            sinks=a.sinks,
+        )
+    )
+    if a.output_gate:
+        kept = (
+            Saved(name="attention_gate", elements=q, where="tp"),
+            Saved(name="gated_attention", elements=q, where="tp", dtype="matmul"),
+        )
+        ops.append(elementwise("attention_gate", 3 * q, backward_moved=5 * q, saved=kept))
+    ops.append(row_linear("proj", q, h))
+    return ops
+
+
+def _qk_norm(a: Attention, q: int, kv: int) -> Op:
+    weights = {"weightless": 0, "head": 2 * a.head_dim, "whole": q + kv}[a.qk_norm]
+    return Op(
+        name="qk_norm",
+        kind=OpKind.elementwise,
+        params=weights,
+        holder="tp" if a.qk_norm == "whole" else "all",
+        where="tp",
+        moved_per_token=2 * (q + kv),
+        backward_moved_per_token=3 * (q + kv),
+        saved=(Saved(name="qk_norm_input", elements=q + kv, where="tp"),),
+    )
+
+
+def _latent_attention(a: LatentAttention, h: int) -> list[Op]:
+    """Return MLA: down-projections on each rank's own tokens, up-projections divided by heads."""
+    again = Recompute.mla_up_proj | FULL
+    n = a.num_heads
+    hidden = Saved(
+        name="qkv_input",
+        elements=h,
+        where="sp",
+        dtype="matmul",
+        dropped=Recompute.layernorm | FULL,
+    )
+    ops: list[Op] = []
+    if a.q_lora_rank:
+        ops.append(_down(a, "q_down", h, a.q_lora_rank, saved=(hidden,)))
+        ops.extend(_up(a, "q", a.q_lora_rank, a.q_lora_rank, n * a.qk_head_dim))
+    else:
+        ops.append(column_linear("q_proj", h, n * a.qk_head_dim, bias=a.bias, saved=(hidden,)))
+    compressed = a.kv_lora_rank + a.qk_rope_head_dim
+    ops.append(_down(a, "kv_down", h, compressed))
+    up = n * (a.qk_nope_head_dim + a.v_head_dim)
+    ops.extend(_up(a, "kv", a.kv_lora_rank, compressed, up))
+    rotated = 2 * n * a.qk_head_dim
+    ops.append(elementwise("rope", 2 * rotated, backward_moved=2 * rotated, rerun=again))
+    ops.append(
+        _core_attention(heads=n, kv_heads=n, qk=a.qk_head_dim, v=a.v_head_dim, drop_qkv=again)
+    )
+    ops.append(row_linear("proj", n * a.v_head_dim, h))
+    return ops
+
+
+def _down(a: LatentAttention, name: str, h: int, out: int, saved: tuple[Saved, ...] = ()) -> Op:
+    if a.split_down:
+        return column_linear(name, h, out, bias=a.bias, saved=saved)
+    return whole_linear(name, h, out, bias=a.bias, saved=saved)
+
+
+def _up(a: LatentAttention, name: str, rank: int, compressed: int, out: int) -> list[Op]:
+    """Return norm and up-projection of one compressed vector.
+
+    Transformer Engine fuses the norm into the up-projection, so both are computed again together.
+    """
+    again = Recompute.mla_up_proj | FULL
+    kept = Saved(name=f"{name}_compressed", elements=compressed, where="sp")
+    normed = Saved(
+        name=f"{name}_up_input", elements=rank, where="sp", dtype="matmul", dropped=again
+    )
+    first = Op(
+        name=f"{name}_norm",
+        kind=OpKind.elementwise,
+        params=rank,
+        moved_per_token=2 * rank,
+        backward_moved_per_token=3 * rank,
+        saved=(kept,),
+        rerun=again,
+    )
+    up = Op(
+        name=f"{name}_up",
+        kind=OpKind.matmul,
+        params=rank * out,
+        holder="tp",
+        in_features=rank,
+        out_features=out,
+        split="out",
+        where="tp",
+        saved=(normed,) if a.norms else (kept,),
+        comm=(Comm(kind="enter_tp", elements=compressed),),
+        rerun=again,
+    )
+    return [first, up] if a.norms else [up]
+
+
+def _recurrence(
+    name: str, *, params: int, conv: Op, flops: float, out: int, state: int, norm_params: int
+) -> list[Op]:
+    """Return convolution, recurrence and gated norm, all divided by heads.
+
+    The fused kernel keeps its input (kept at the convolution) and its output, and computes the
+    states of its chunks again.
+    """
+    return [
+        conv,
+        Op(
+            name=name,
+            kind=OpKind.scan,
+            params=params,
+            holder="tp",
+            where="tp",
+            scan_flops_per_token=flops,
+            moved_per_token=3 * out,
+            saved=(Saved(name=f"{name}_output", elements=out, where="tp"),),
+            comm=(Comm(kind="cp_state", elements=state),),
+            trained_in_16_bit=True,
+        ),
+        Op(
+            name=f"{name}_norm",
+            kind=OpKind.elementwise,
+            params=norm_params,
+            holder="tp" if norm_params == out else "all",
+            where="tp",
+            moved_per_token=3 * out,
+            backward_moved_per_token=5 * out,
+            saved=(Saved(name=f"{name}_proj_input", elements=out, where="tp", dtype="matmul"),),
+        ),
+    ]
+
+
+def _convolution(features: int, kernel: int, bias: bool, kept: int) -> Op:
+    """Return the causal depthwise convolution, which keeps what ``in_proj`` returned."""
+    return Op(
+        name="conv",
+        kind=OpKind.elementwise,
+        params=features * (kernel + bias),
+        holder="tp",
+        where="tp",
+        moved_per_token=2 * features,
+        backward_moved_per_token=3 * features,
+        saved=(Saved(name="in_proj_output", elements=kept, where="tp"),),
+    )
+
+
+def _mamba(m: Mamba, h: int) -> list[Op]:
+    inner = m.num_heads * m.head_dim
+    mixed = inner + 2 * m.num_groups * m.state_size
+    projected = inner + mixed + m.num_heads
+    kept = Saved(name="in_proj_input", elements=h, where="sp", dtype="matmul")
+    return [
+        column_linear("in_proj", h, projected, bias=m.bias, saved=(kept,)),
+        *_recurrence(
+            "scan",
+            params=3 * m.num_heads,
+            conv=_convolution(mixed, m.conv_kernel, m.conv_bias, projected),
+            flops=7.0 * inner * m.state_size,
+            out=inner,
+            state=projected,
+            norm_params=inner,
+        ),
+        row_linear("out_proj", inner, h),
+    ]
+
+
+def _delta_net(d: DeltaNet, h: int) -> list[Op]:
+    keys, values = d.num_key_heads * d.key_head_dim, d.num_value_heads * d.value_head_dim
+    mixed = 2 * keys + values
+    projected = mixed + values + 2 * d.num_value_heads
+    kept = Saved(name="in_proj_input", elements=h, where="sp", dtype="matmul")
+    return [
+        column_linear("in_proj", h, projected, saved=(kept,)),
+        *_recurrence(
+            "delta_rule",
+            params=2 * d.num_value_heads,
+            conv=_convolution(mixed, d.conv_kernel, False, projected),
+            flops=8.0 * d.num_value_heads * d.key_head_dim * d.value_head_dim,
+            out=values,
+            state=projected,
+            norm_params=d.value_head_dim,
+        ),
+        row_linear("out_proj", values, h),
+    ]
