@@ -18,7 +18,9 @@ from meshwright.errors import MeshwrightError
 _DECIMAL: Final = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15, "e": 1e18}
 _SECONDS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _COUNTS: Final = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-_NUMBER: Final = re.compile(r"\s*([+-]?(?:\d+(?:[_,]\d{3})*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?)(\D.*)?")
+_NUMBER: Final = re.compile(
+    r"\s*([+-]?(?:\d+(?:[_,]\d{3})*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?)(\D.*)?"
+)
 _MICRO: Final = str.maketrans({"\u00b5": "u", "\u03bc": "u"})
 
 EXAMPLES: Final = {
@@ -35,9 +37,14 @@ EXAMPLES: Final = {
 
 
 def unit_of(name: str) -> str | None:
-    """Return the unit that the suffix of ``name`` states (``hbm_bytes`` -> ``bytes``), or None."""
-    known = (u for u in (*EXAMPLES, "fraction") if name == u or name.endswith(f"_{u}"))
-    return max(known, key=len, default=None)
+    """Return the unit that the suffix of ``name`` states (``hbm_bytes`` -> ``bytes``), or None.
+
+    ``_per_gpu`` is no unit and left out; a rate of something without a unit has none.
+    """
+    name = name.removesuffix("_per_gpu")
+    known = (u for u in _FORMATTERS if name == u or name.endswith(f"_{u}"))
+    unit = max(known, key=len, default=None)
+    return None if unit == "s" and name.endswith("_per_s") else unit
 
 
 def parse(value: object, unit: str, field: str = "value") -> float:
@@ -116,7 +123,7 @@ def _flops_per_s_factor(text: str) -> float | None:
 
 
 def _watts_factor(text: str) -> float | None:
-    return {"w": 1.0, "kw": 1e3}.get(text.lower())
+    return {"w": 1.0, "kw": 1e3, "mw": 1e6}.get(text.lower())
 
 
 def _count_factor(text: str) -> float | None:
@@ -203,6 +210,7 @@ _FORMATTERS: Final[dict[str, Callable[[float], str]]] = {
     "flops": format_flops,
     "flops_per_s": format_flops_per_s,
     "tokens": format_count,
+    "tokens_per_s": lambda value: f"{format_count(value)} tokens/s",
     "params": format_count,
     "w": format_w,
     "fraction": format_fraction,

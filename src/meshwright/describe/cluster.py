@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from meshwright import units
 from meshwright.describe.gpu import Gpu, known_gpus, load_gpu, read_hardware, stems
-from meshwright.errors import ClusterError
+from meshwright.errors import ClusterError, did_you_mean
 
 __all__ = [
     "Cluster",
@@ -31,9 +31,11 @@ __all__ = [
 
 MAX_GPUS: Final = 2**20
 _TEXT: Final = re.compile(r"\s*(?:([+-]?\d+)\s*[x*]\s*)?(?:([+-]?\d+)\s*[x*]\s*)?([a-z].*)", re.I)
-_COUNT: Final = re.compile(r"(\d+)\s*x\s*(?=\D|\d)", re.I)
+_COUNT: Final = re.compile(r"(?<!\d)(\d{1,6})\s*x\s*(?=\w)", re.I)
 _RATE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([GT])(b(?:ps|it/s|/s|E|it)?|B(?:ps|/s)|)(?!\w)")
-_SCOPE: Final = re.compile(r"(?:per|/|a|each)\s*(?:(\d+)[- ]?)?(gpu|node|tray|server|host)", re.I)
+_SCOPE: Final = re.compile(
+    r"(?:per|/|a|each)\s*(?:(\d{1,6})[- ]?)?(gpu|node|tray|server|host)", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,11 @@ def load_cluster(text: str) -> Cluster:
     match = _TEXT.fullmatch(text)
     if match is None:
         raise ClusterError("cluster", text, "It names no GPUs and no file.", _EXAMPLE)
+    if re.search(r"\w\s*[x*]\s*\d+\s*$", match[3], re.I):
+        raise ClusterError("cluster", text, "Counts stand before the GPU.", _EXAMPLE)
     if match[1] is None:
         load_gpu(match[3])
         raise ClusterError("cluster", text, "It does not say how many GPUs.", f"Write 8x{text}.")
-    trailing = re.fullmatch(r"(.*\w)\s*x\s*\d+", match[3], re.I)
-    if trailing and not re.search(r"mi\d+x?$", trailing[1], re.I):
-        raise ClusterError("cluster", text, "Counts stand before the GPU.", _EXAMPLE)
     first = _count(match[1], "cluster", text)
     if match[2] is None:
         return build_cluster(match[3], first, name=text.strip())
@@ -135,42 +136,45 @@ def build_cluster(
     nodes shrink the node. Raises ``ClusterError`` where that is not asked for.
     """
     card = load_gpu(gpu, nearest=nearest) if isinstance(gpu, str) else gpu
-    _whole("num_gpus", num_gpus)
-    facts = read_hardware(f"systems/{_find_system(system) or card.system}")
     said = list(card.assumed)
-    node = _whole("gpus_per_node", gpus_per_node or int(facts["gpus_per_node"]))
+    _whole("num_gpus", num_gpus)
+    facts = read_hardware(f"systems/{_system_of(card, system, nearest, said)}")
+    node = _whole("gpus_per_node", _or(gpus_per_node, facts["gpus_per_node"]))
     if gpus_per_node is None and num_gpus > node:
         said.append(f"gpus_per_node = {node}: {facts['source']['default']}")
     gpus_per_node = _node_size(min(node, num_gpus), num_gpus, nearest, said)
-    physical = _whole("nvlink_domain", nvlink_domain or int(facts["nvlink_domain"]))
+    physical = _whole("nvlink_domain", _or(nvlink_domain, facts["nvlink_domain"]))
     domain = _used_domain(card, physical, num_gpus, gpus_per_node, int(facts["gpus_per_node"]))
+    if nvlink_domain is not None and domain == 1 < min(nvlink_domain, num_gpus):
+        _refuse_unless_nearest(nearest, "nvlink_domain", nvlink_domain, card, said)
     if physical != domain and num_gpus > physical > 8:
         said.append(f"nvlink_domain = {domain}: of the {physical} GPUs of a rack a power of two")
     inter_node = parse_network(network, node)
     origin = "stated"
     if inter_node is None:
         inter_node = parse_network(str(facts["network"]), int(facts["gpus_per_node"]))
-        assert inter_node is not None, f"systems/{card.system} names no network"
+        assert inter_node is not None, "every file of systems states a network"
         origin = _source(facts, "network")
-        if num_gpus > domain:
+        if num_gpus > max(domain, 1 if domain > 1 else gpus_per_node):
             said.append(f"inter_node = {facts['network']}: {origin}")
-    kind = card.peer or card.host
+    peers = Link(card.peer_bytes_per_s, _latency_s(card.peer), card.peer) if domain > 1 else None
     return Cluster(
         name=name or f"{num_gpus}x{card.name}",
         gpu=card,
         num_gpus=num_gpus,
         gpus_per_node=gpus_per_node,
         nvlink_domain=domain,
-        intra_node=Link(card.peer_bytes_per_s or card.host_bytes_per_s, _latency_s(kind), kind),
+        intra_node=peers or Link(card.host_bytes_per_s, _latency_s("pcie"), card.host),
         inter_node=inter_node,
         host=Link(card.host_bytes_per_s, _latency_s("host"), card.host),
         nvls=bool(facts["nvls"]) and domain > 1,
         fitted=card.fitted,
         sources={
-            "intra_node": _source(card.sources, "peer_bytes_per_s" if card.peer else ""),
+            "intra_node": _source(card.sources, f"{'peer' if peers else 'host'}_bytes_per_s"),
             "inter_node": origin,
             "host": _source(card.sources, "host_bytes_per_s"),
             "latency_s": str(read_hardware("networks")["source"]["latency_s"]),
+            **{key: text for key, text in card.sources.items() if key.startswith("fitted.")},
         },
         assumed=tuple(said),
     )
@@ -186,18 +190,18 @@ def parse_network(text: str, gpus_per_node: int) -> Link | None:
     """
     plain = re.sub(r"^\s*platform-default:", "", text).strip()
     words = re.findall(r"[a-z]+\d*(?:-[a-z]*\d*)?", plain.lower())
-    rate = _rate_bytes_per_s(plain, words)
+    count, scope = _COUNT.search(plain), _SCOPE.search(plain)
+    rate = _rate_bytes_per_s(plain, words) * int(count[1] if count else 1)
     if not rate:
         return None
     kinds = read_hardware("networks")["kinds"].items()
     kind = next((k for k, known in kinds if _first(words, known)), "infiniband")
-    count, scope = _COUNT.search(plain), _SCOPE.search(plain)
     if scope is not None:
         own = scope[2].lower() == "gpu" and scope[1] is None
         sharers = 1 if own else int(scope[1] or gpus_per_node)
     else:
         sharers = gpus_per_node if count or rate > 100e9 or kind == "ethernet" else 1
-    return Link(int(count[1] if count else 1) * rate / max(sharers, 1), _latency_s(kind), plain)
+    return Link(rate / max(sharers, 1), _latency_s(kind), plain)
 
 
 def _rate_bytes_per_s(text: str, words: list[str]) -> float:
@@ -226,10 +230,36 @@ def _source(table: Mapping[str, Any], key: str) -> str:
     return sources.get(key, sources["default"])
 
 
-def _find_system(text: str) -> str | None:
-    """Return the file of the system that ``text`` names, if one is named."""
+def _system_of(card: Gpu, text: str, nearest: bool, said: list[str]) -> str:
+    """Return the file of the system that ``text`` names; the GPU's usual one if it names none."""
     plain = re.sub(r"[^a-z0-9]+", "-", text.lower())
-    return max((stem for stem in stems("systems") if stem in plain), key=len, default=None)
+    names = {
+        name: stem
+        for stem in stems("systems")
+        for name in (stem, *read_hardware(f"systems/{stem}").get("names", ()))
+    }
+    named = max((name for name in names if name in plain), key=len, default=None)
+    if named is not None:
+        return names[named]
+    if text and not nearest:
+        remedy = did_you_mean(plain, names)
+        raise ClusterError("system", text, "There is no system of this name.", remedy)
+    if text:
+        said.append(f"system {text} is read as {card.system}, the usual one of {card.name}")
+    return card.system
+
+
+def _refuse_unless_nearest(
+    nearest: bool, name: str, value: int, card: Gpu, said: list[str]
+) -> None:
+    rule = f"No NVLink is known of {card.name}."
+    if not nearest:
+        raise ClusterError(name, value, rule, f"Leave {name} out.")
+    said.append(f"{name} = 1: {rule}")
+
+
+def _or(stated: int | None, default: object) -> object:
+    return default if stated is None else stated
 
 
 def _used_domain(card: Gpu, physical: int, num_gpus: int, per_node: int, system_node: int) -> int:

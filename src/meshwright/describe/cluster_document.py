@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from meshwright import units
 from meshwright.describe.cluster import Cluster, Link, build_cluster, parse_network
 from meshwright.describe.gpu import Gpu, load_gpu, read_fitted
 from meshwright.errors import ClusterError, DocumentError, did_you_mean
 
-Quantity = StrictInt | float | StrictStr
+Quantity = Any  # a number in the base unit, or text with a unit: units.parse is the judge
+DTYPES: Final = ("bf16", "fp16", "fp8", "fp4", "tf32", "fp32")
+_LINKS: Final = ("intra_node", "inter_node", "host")
 
 
 class _Strict(BaseModel):
@@ -63,7 +65,7 @@ class ClusterDocument(_Strict):
     gpus_per_node: StrictInt | None = None
     nvlink_domain: StrictInt | None = None
     system: StrictStr = ""
-    nvls: bool | None = None
+    nvls: StrictBool | None = None
     reserved_bytes: Quantity = 0
     intra_node: LinkDocument = LinkDocument()
     inter_node: NetworkDocument = NetworkDocument()
@@ -110,8 +112,13 @@ def from_document(table: Mapping[str, Any], name: str = "") -> Cluster:
     reserved = round(units.parse(document.reserved_bytes, "bytes", "cluster.reserved_bytes"))
     if reserved >= gpu.hbm_bytes:
         rule = f"It must leave something of {units.format_bytes(gpu.hbm_bytes)}."
-        raise ClusterError("cluster.reserved_bytes", document.reserved_bytes, rule, "Lower it.")
-    stated = {key: value for key, value in document.source.items() if key in _LINKS}
+        raise ClusterError("cluster.reserved_bytes", document.reserved_bytes, rule, "Reserve less.")
+    _known(document.source, (*_LINKS, *GpuDocument.model_fields), "cluster.source")
+    stated = {
+        key: document.source.get(key, "the cluster's file")
+        for key in _LINKS
+        if key in document.source or getattr(document, key).bytes_per_s is not None
+    }
     links = {key: _link(cluster, key, getattr(document, key)) for key in _LINKS}
     kept = [
         line
@@ -127,9 +134,6 @@ def from_document(table: Mapping[str, Any], name: str = "") -> Cluster:
         sources={**cluster.sources, **stated, **origins},
         assumed=tuple(kept),
     )
-
-
-_LINKS: Final = ("intra_node", "inter_node", "host")
 
 
 def to_document(cluster: Cluster) -> dict[str, Any]:
@@ -159,7 +163,8 @@ def to_document(cluster: Cluster) -> dict[str, Any]:
             key: {"value": value, "source": cluster.sources.get(f"fitted.{key}", "the GPU's file")}
             for key, value in cluster.fitted.items()
         }
-    table["source"] = {key: cluster.sources[key] for key in _LINKS}
+    origins = {key: cluster.gpu.sources.get(key, "stated") for key in different}
+    table["source"] = {key: cluster.sources[key] for key in _LINKS} | origins
     return table
 
 
@@ -184,6 +189,7 @@ def _override(gpu: Gpu, document: GpuDocument, source: Mapping[str, str]) -> Gpu
     for key, value in given.items():
         where = f"cluster.gpu_overrides.{key}"
         if key == "peak_flops_per_s":
+            _known(value, DTYPES, where)
             peaks = {k: units.parse(v, "flops_per_s", f"{where}.{k}") for k, v in value.items()}
             given[key] = {**gpu.peak_flops_per_s, **peaks}
         elif (unit := units.unit_of(key)) is not None:
@@ -206,10 +212,22 @@ def _link(cluster: Cluster, key: str, document: LinkDocument) -> Link:
     return link if document.name is None else replace(link, name=document.name)
 
 
+def _known(table: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse the first key of ``table`` that is not known."""
+    names = tuple(known)
+    for key in table:
+        if key not in names:
+            rule = "There is no such key."
+            raise ClusterError(f"{where}.{key}", key, rule, did_you_mean(key, names))
+
+
 def _positive(value: float, where: str) -> float:
     if value <= 0:
         raise ClusterError(where, value, "It must be above zero.", "Leave it out for the default.")
     return value
+
+
+_FORM: Final = "Write it as in examples/cluster-h100-ethernet.toml."
 
 
 def _first_error(problem: ValidationError) -> ClusterError:
@@ -229,4 +247,4 @@ def _first_error(problem: ValidationError) -> ClusterError:
     if error["type"] == "missing":
         remedy = 'Write gpu = "H100" and num_gpus = 64 at the top of the file.'
         return ClusterError(where, None, "This key is needed.", remedy)
-    return ClusterError(where, error["input"], f"{error['msg']}.", "See examples/ for the form.")
+    return ClusterError(where, error["input"], f"{error['msg']}.", _FORM)

@@ -7,6 +7,7 @@ limit), so that ``H100``, ``h100-80gb``, ``NVIDIA H100 80GB HBM3`` and ``H100-SX
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -35,11 +36,12 @@ _WORD: Final = re.compile(
 class Gpu:
     """One GPU as its data sheets state it; a process of the job owns exactly one.
 
-    ``hbm_bytes`` is what the card offers to a process, ``advertised_hbm_bytes`` what it is sold
-    with. ``peak_flops_per_s`` holds the dense matmul rate by format (bf16 fp16 fp8 fp4 tf32 fp32;
-    fp4 is NVFP4 or MXFP4); a format that is absent is not supported. ``peer_bytes_per_s`` is the
-    link to the other GPUs of its domain (NVLink, Infinity Fabric; 0 where there is none) and
-    ``host_bytes_per_s`` the link to the CPU (PCIe or C2C), both in one direction.
+    ``hbm_bytes`` is what the card offers to a process, ``advertised_hbm_bytes`` what its data sheet
+    says, whose GB is often a GiB. ``peak_flops_per_s`` holds the dense matmul rate by format (bf16
+    fp16 fp8 fp4 tf32 fp32; fp4 is NVFP4 or MXFP4); a format that is absent is not supported.
+    ``peer_bytes_per_s`` is the link to the other GPUs of its domain (NVLink, Infinity Fabric; 0
+    where there is none) and ``host_bytes_per_s`` the link to the CPU (PCIe or C2C), both in one
+    direction.
     ``sources`` says where each field comes from, under the field's name or ``default``.
     ``fitted`` holds measured factors, never facts; ``assumed`` what the name left open.
     """
@@ -129,15 +131,21 @@ def read_fitted(table: Mapping[str, Any], where: str) -> tuple[dict[str, float],
     sources: dict[str, str] = {}
     for key, entry in table.items():
         value, source = (entry.get("value"), entry.get("source")) if _is_table(entry) else (0, "")
-        if not isinstance(value, int | float) or not isinstance(source, str) or not source:
+        if not _is_factor(value) or not isinstance(source, str) or not source:
             raise ClusterError(
                 f"{where}.{key}",
                 entry,
-                "A fitted factor needs a number and where it comes from.",
+                "A fitted factor needs a finite number >= 0 and where it comes from.",
                 'Write { value = 0.75, source = "machine, date, how" }.',
             )
         factors[key], sources[f"fitted.{key}"] = float(value), source
     return factors, sources
+
+
+def _is_factor(value: object) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value < math.inf
 
 
 def _is_table(value: object) -> TypeGuard[Mapping[str, object]]:
