@@ -488,3 +488,12 @@ def test_loading_a_cluster_from_text_does_not_load_pydantic() -> None:
 def test_the_hardware_files_travel_with_the_package() -> None:
     assert (HARDWARE / "networks.toml").is_file()
     assert set(read_hardware("networks")["latency_s"]) >= set(read_hardware("networks")["kinds"])
+
+
+@given(st.sampled_from(known_gpus()), st.integers(1, 4096))
+def test_nodes_and_domains_always_cover_the_gpus(name: str, num_gpus: int) -> None:
+    cluster = build_cluster(name, num_gpus, nearest=True)
+    assert cluster.num_nodes * cluster.gpus_per_node == num_gpus
+    assert 1 <= cluster.nvlink_domain <= num_gpus
+    assert cluster.intra_node.bytes_per_s > 0 < cluster.inter_node.bytes_per_s
+    assert (cluster.nvlink_domain > 1) == (cluster.intra_node.name == cluster.gpu.peer != "")

@@ -59,7 +59,7 @@ def parse(value: object, unit: str, field: str = "value") -> float:
     factor = _FACTORS[unit](suffix) if suffix else 1.0
     if factor is None:
         rule = f"The unit {suffix!r} is not one of {_words(unit)}."
-        if unit == "bytes_per_s" and suffix.replace(" ", "") == suffix.replace(" ", "").lower():
+        if unit == "bytes_per_s" and suffix == suffix.lower():
             rule += " A small b is a bit and a large B a byte."
         raise MeshwrightError(field, value, rule, f"Write it as {EXAMPLES[unit]}.")
     result = float(number * Decimal(repr(factor)))

@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 MAX_GPUS: Final = 2**20
+_EXAMPLE: Final = "Write 64xH100, 8x8xH100 (nodes x GPUs a node) or the path of a cluster TOML."
+_STATED: Final = "stated"
 _TEXT: Final = re.compile(r"\s*(?:([+-]?\d+)\s*[x*]\s*)?(?:([+-]?\d+)\s*[x*]\s*)?([a-z].*)", re.I)
 _COUNT: Final = re.compile(r"(?<!\d)(\d{1,6})\s*x\s*(?=\w)", re.I)
 _RATE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([GT])(b(?:ps|it/s|/s|E|it)?|B(?:ps|/s)|)(?!\w)")
@@ -108,14 +110,11 @@ def load_cluster(text: str) -> Cluster:
     if match[1] is None:
         load_gpu(match[3])
         raise ClusterError("cluster", text, "It does not say how many GPUs.", f"Write 8x{text}.")
-    first = _count(match[1], "cluster", text)
+    first = _count(match[1], text)
     if match[2] is None:
         return build_cluster(match[3], first, name=text.strip())
-    per_node = _count(match[2], "cluster", text)
+    per_node = _count(match[2], text)
     return build_cluster(match[3], first * per_node, gpus_per_node=per_node, name=text.strip())
-
-
-_EXAMPLE: Final = "Write 64xH100, 8x8xH100 (nodes x GPUs a node) or the path of a cluster TOML."
 
 
 def build_cluster(
@@ -146,17 +145,15 @@ def build_cluster(
     physical = _whole("nvlink_domain", _or(nvlink_domain, facts["nvlink_domain"]))
     domain = _used_domain(card, physical, num_gpus, gpus_per_node, int(facts["gpus_per_node"]))
     if nvlink_domain is not None and domain == 1 < min(nvlink_domain, num_gpus):
-        _refuse_unless_nearest(nearest, "nvlink_domain", nvlink_domain, card, said)
+        rule = f"No NVLink is known of {card.name}."
+        if not nearest:
+            raise ClusterError("nvlink_domain", nvlink_domain, rule, "Leave nvlink_domain out.")
+        said.append(f"nvlink_domain = 1: {rule}")
     if physical != domain and num_gpus > physical > 8:
         said.append(f"nvlink_domain = {domain}: of the {physical} GPUs of a rack a power of two")
-    inter_node = parse_network(network, node)
-    origin = "stated"
-    if inter_node is None:
-        inter_node = parse_network(str(facts["network"]), int(facts["gpus_per_node"]))
-        assert inter_node is not None, "every file of systems states a network"
-        origin = _source(facts, "network")
-        if num_gpus > max(domain, 1 if domain > 1 else gpus_per_node):
-            said.append(f"inter_node = {facts['network']}: {origin}")
+    inter_node, origin = _inter_node(network, node, facts)
+    if origin != _STATED and num_gpus > (domain if domain > 1 else gpus_per_node):
+        said.append(f"inter_node = {inter_node.name}: {origin}")
     peers = Link(card.peer_bytes_per_s, _latency_s(card.peer), card.peer) if domain > 1 else None
     return Cluster(
         name=name or f"{num_gpus}x{card.name}",
@@ -178,6 +175,16 @@ def build_cluster(
         },
         assumed=tuple(said),
     )
+
+
+def _inter_node(network: str, node: int, facts: Mapping[str, Any]) -> tuple[Link, str]:
+    """Return the network that is stated, or else the system's, and where it comes from."""
+    stated = parse_network(network, node)
+    if stated is not None:
+        return stated, _STATED
+    usual = parse_network(str(facts["network"]), int(facts["gpus_per_node"]))
+    assert usual is not None, "every file of systems states a network"
+    return usual, _source(facts, "network")
 
 
 def parse_network(text: str, gpus_per_node: int) -> Link | None:
@@ -249,15 +256,6 @@ def _system_of(card: Gpu, text: str, nearest: bool, said: list[str]) -> str:
     return card.system
 
 
-def _refuse_unless_nearest(
-    nearest: bool, name: str, value: int, card: Gpu, said: list[str]
-) -> None:
-    rule = f"No NVLink is known of {card.name}."
-    if not nearest:
-        raise ClusterError(name, value, rule, f"Leave {name} out.")
-    said.append(f"{name} = 1: {rule}")
-
-
 def _or(stated: int | None, default: object) -> object:
     return default if stated is None else stated
 
@@ -304,11 +302,12 @@ def _whole(name: str, value: object) -> int:
     raise ClusterError(name, value, rule, _EXAMPLE)
 
 
-def _count(digits: str, name: str, text: str) -> int:
+def _count(digits: str, text: str) -> int:
+    """Return a count written in a cluster's ``text``."""
     value = int(digits) if len(digits) < 12 else MAX_GPUS + 1
     if not 1 <= value <= MAX_GPUS:
         rule = f"Each count must be a whole number from 1 to {MAX_GPUS:,}."
-        raise ClusterError(name, text, rule, _EXAMPLE)
+        raise ClusterError("cluster", text, rule, _EXAMPLE)
     return value
 
 
