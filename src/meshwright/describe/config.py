@@ -18,9 +18,16 @@ MAX_LAYERS = 65_536
 class Config:
     """Reads the keys of one config; ``assumed`` collects what was left out."""
 
-    def __init__(self, values: Mapping[str, Any], assumed: Iterable[str] = ()) -> None:
+    def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
-        self.assumed: list[str] = list(assumed)
+        self.assumed: list[str] = []
+        self.defaults: Mapping[str, Any] = {}
+
+    def with_defaults(self, **defaults: Any) -> Config:
+        """Return the config with the defaults of a family; ``assumed`` is shared."""
+        made = Config(self.values)
+        made.assumed, made.defaults = self.assumed, defaults
+        return made
 
     def size(self, key: str, default: int | None = None, *, low: int = 1, also: str = "") -> int:
         """Return a whole number from ``low`` to 2^31-1; null counts as left out.
@@ -38,39 +45,41 @@ class Config:
             raise ModelError(f"config.{key}", value, rule, f"Use {low} or more.")
         return value
 
-    def nullable_size(self, key: str, default: int) -> int:
+    def nullable_size(self, key: str, default: int | None = None) -> int:
         """Return a whole number, or 0 where the key stands there as null (or as 0)."""
-        if key in self.values and self.values[key] is None:
+        if self.is_null(key):
             return 0
         return self.size(key, default, low=0)
 
     def optional_size(self, key: str) -> int:
-        """Return a whole number, or 0 where the key is left out, null or 0."""
-        return self.size(key, low=0) if self.given(key) else 0
+        """Return a whole number, or 0 where the key is left out without default, null or 0."""
+        return self.nullable_size(key) if key in self.values or key in self.defaults else 0
 
-    def layers(self, key: str = "num_hidden_layers", default: int | None = None) -> int:
+    def layers(
+        self, key: str = "num_hidden_layers", default: int | None = None, *, also: str = ""
+    ) -> int:
         """Return the number of decoder layers."""
-        value = self.size(key, default)
+        value = self.size(key, default, also=also)
         if value > MAX_LAYERS:
             rule = f"A model has at most {MAX_LAYERS} layers."
             raise ModelError(f"config.{key}", value, rule, f"Use {MAX_LAYERS} or less.")
         return value
 
-    def flag(self, key: str, default: bool) -> bool:
+    def flag(self, key: str, default: bool | None = None) -> bool:
         """Return true or false."""
         value = self._value(key, default)
         if not isinstance(value, bool):
             raise ModelError(f"config.{key}", value, "It is true or false.", "Use true or false.")
         return value
 
-    def text(self, key: str, default: str) -> str:
+    def text(self, key: str, default: str | None = None) -> str:
         """Return text."""
         value = self._value(key, default)
         if not isinstance(value, str):
-            raise ModelError(f"config.{key}", value, "It is text.", f"Use {default!r}.")
+            raise ModelError(f"config.{key}", value, "It is text.", "Write it in quotes.")
         return value
 
-    def fraction(self, key: str, default: float) -> float:
+    def fraction(self, key: str, default: float | None = None) -> float:
         """Return a number from 0 to 1."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
@@ -105,13 +114,26 @@ class Config:
             )
         return [str(value) for value in found]
 
+    def indices(self, key: str, length: int) -> frozenset[int] | None:
+        """Return a list of layer numbers below ``length``, or None when it is left out."""
+        found = self.items(key)
+        for value in found or ():
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < length:
+                rule = f"It lists layers from 0 to {length - 1}."
+                raise ModelError(f"config.{key}", value, rule, "Leave that layer out.")
+        return None if found is None else frozenset(found)
+
+    def is_null(self, key: str) -> bool:
+        """Whether the key stands in the config with the value null."""
+        return key in self.values and self.values[key] is None
+
     def given(self, key: str) -> bool:
         """Whether the key stands in the config and is not null."""
         return self.values.get(key) is not None
 
     def head_dim(self, hidden_size: int, num_heads: int, key: str = "head_dim") -> int:
         """Return the size of a head, by default hidden size / heads, which must then divide."""
-        if self.given(key):
+        if self.given(key) or (key in self.defaults and not self.is_null(key)):
             return self.size(key)
         if hidden_size % num_heads:
             raise ModelError(
@@ -133,6 +155,7 @@ class Config:
 
     def _value(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
+        default = self.defaults.get(key) if default is None else default
         if value is None and default is not None:
             self.assumed.append(f"{key} = {default} (left out; the default of the model type)")
             return default

@@ -147,7 +147,9 @@ def _has_output_bias(what: Mixer | FeedForward) -> bool:
             return what.out_bias
         case LatentAttention() | Mamba() | Mlp():
             return what.bias
-        case DeltaNet() | Moe():
+        case Moe():
+            return what.shared_bias
+        case DeltaNet():
             return False
 
 

@@ -155,6 +155,7 @@ class Moe:
     gated: bool = True
     shared_ffn_hidden_size: int = 0
     shared_gate: bool = False
+    shared_bias: bool = False
     router_bias: bool = False
     correction_bias: bool = False
     expert_bias: bool = False

@@ -128,7 +128,7 @@ def _latent_attention(a: LatentAttention, h: int) -> list[Op]:
         ops.append(_down(a, "q_down", h, a.q_lora_rank, saved=(hidden,)))
         ops.extend(_up(a, "q", a.q_lora_rank, a.q_lora_rank, n * a.qk_head_dim))
     else:
-        ops.append(column_linear("q_proj", h, n * a.qk_head_dim, bias=a.bias, saved=(hidden,)))
+        ops.append(column_linear("q_proj", h, n * a.qk_head_dim, saved=(hidden,)))
     compressed = a.kv_lora_rank + a.qk_rope_head_dim
     ops.append(_down(a, "kv_down", h, compressed))
     up = n * (a.qk_nope_head_dim + a.v_head_dim)

@@ -126,10 +126,10 @@ def _text_part(config: Mapping[str, Any]) -> tuple[str, Config]:
     outer = Config(config)
     if outer.given("text_config"):
         inner = outer.nested("text_config")
+        outer_type = outer.text("model_type", "")
+        spellings = (str(inner.values.get("model_type") or ""), f"{outer_type}_text", outer_type)
         known = registry.names(FAMILIES)
-        fallback = outer.text("model_type", "")
-        own = str(inner.values.get("model_type") or "")
-        model_type = own if own in known else fallback
+        model_type = next((s for s in spellings if s in known), spellings[0] or outer_type)
         inner.assumed.append("text_config: the text decoder only, other towers are left out")
         return model_type, inner
     if not outer.given("model_type"):

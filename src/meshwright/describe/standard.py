@@ -1,0 +1,106 @@
+"""What most Hugging Face configs spell alike: grouped-query attention, windows, the decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from meshwright.describe.config import Config
+from meshwright.describe.decoder import build_decoder
+from meshwright.describe.facts import Attention, Decoder, DeltaNet, LatentAttention, Layer, Mlp
+from meshwright.describe.model import Model
+
+LAYER_TYPES = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
+"""The attention words of ``layer_types``, and whether such a layer has a window."""
+
+
+def attention(config: Config, **facts: Any) -> Attention:
+    """Return attention from the common keys; ``facts`` adds or overrides fields."""
+    heads = config.size("num_attention_heads")
+    if "num_kv_heads" not in facts:
+        default = config.defaults.get("num_key_value_heads", heads)
+        nulled = config.is_null("num_key_value_heads")
+        facts["num_kv_heads"] = config.size("num_key_value_heads", heads if nulled else default)
+    head_dim = config.head_dim(config.size("hidden_size"), heads)
+    return Attention(num_heads=heads, head_dim=head_dim, **facts)
+
+
+def mlp(config: Config, **facts: Any) -> Mlp:
+    """Return the feed-forward network from ``intermediate_size``."""
+    return Mlp(ffn_hidden_size=config.size("intermediate_size"), **facts)
+
+
+def windows(config: Config, pattern: list[bool], key: str = "sliding_window") -> list[int]:
+    """Return the window of every layer, 0 where it attends to all tokens.
+
+    ``layer_types`` decides where it is given, else ``pattern`` (True: a window).
+    """
+    words = config.choices("layer_types", LAYER_TYPES, len(pattern))
+    chosen = pattern if words is None else [LAYER_TYPES[word] for word in words]
+    if not any(chosen):
+        return [0] * len(chosen)
+    window = config.nullable_size(key)
+    return [window if has_window else 0 for has_window in chosen]
+
+
+def decoder(config: Config, layers: tuple[Layer, ...], **facts: Any) -> Model:
+    """Return the model from the common keys; ``facts`` adds or overrides fields."""
+    given: dict[str, Any] = {
+        "model_type": config.text("model_type", "text"),
+        "hidden_size": config.size("hidden_size"),
+        "vocab_size": config.size("vocab_size"),
+        "max_seq_len": config.size("max_position_embeddings"),
+        "tie_word_embeddings": config.flag("tie_word_embeddings"),
+    }
+    return build_decoder(Decoder(layers=layers, **(given | facts)))
+
+
+def upper_windows(config: Config) -> list[int]:
+    """Return the windows of Qwen2 and Qwen3: off, or on from layer ``max_window_layers``."""
+    num_layers = config.layers()
+    if not config.flag("use_sliding_window", False):
+        return [0] * num_layers
+    first = config.size("max_window_layers", 28, low=0)
+    with_default = config.with_defaults(sliding_window=4096)
+    return windows(with_default, [i >= first for i in range(num_layers)])
+
+
+def sparse_layers(config: Config) -> list[bool]:
+    """Return which layers of a Qwen mixture have experts."""
+    num_layers = config.layers()
+    dense = config.indices("mlp_only_layers", num_layers) or ()
+    step = config.size("decoder_sparse_step")
+    return [i not in dense and (i + 1) % step == 0 for i in range(num_layers)]
+
+
+def linear_layers(config: Config) -> list[bool]:
+    """Return which layers of a Qwen hybrid have linear attention."""
+    num_layers = config.layers()
+    words = config.choices("layer_types", ("linear_attention", "full_attention"), num_layers)
+    if words is not None:
+        return [word == "linear_attention" for word in words]
+    every = config.size("full_attention_interval")
+    return [(i + 1) % every != 0 for i in range(num_layers)]
+
+
+def delta_net(config: Config) -> DeltaNet:
+    """Return the gated delta net of a Qwen hybrid."""
+    return DeltaNet(
+        num_value_heads=config.size("linear_num_value_heads"),
+        num_key_heads=config.size("linear_num_key_heads"),
+        key_head_dim=config.size("linear_key_head_dim"),
+        value_head_dim=config.size("linear_value_head_dim"),
+        conv_kernel=config.size("linear_conv_kernel_dim"),
+    )
+
+
+def latent_attention(config: Config) -> LatentAttention:
+    """Return the latent attention of DeepSeek; a null ``q_lora_rank`` projects in one step."""
+    return LatentAttention(
+        num_heads=config.size("num_attention_heads"),
+        q_lora_rank=config.nullable_size("q_lora_rank"),
+        kv_lora_rank=config.size("kv_lora_rank"),
+        qk_nope_head_dim=config.size("qk_nope_head_dim"),
+        qk_rope_head_dim=config.size("qk_rope_head_dim"),
+        v_head_dim=config.size("v_head_dim"),
+        bias=config.flag("attention_bias"),
+    )
