@@ -451,7 +451,7 @@ _INTEGERS = (
     *("first", "last", "microbatch_group_size"),
 )
 _BOOLEANS = ("sp", "account_for_embedding", "account_for_loss")
-_CHOICES: dict[str, dict[str, IntEnum]] = {
+CHOICES: dict[str, dict[str, IntEnum]] = {
     "zero": {z.name: z for z in Zero},
     "schedule": {**{t: s for s, t in SCHEDULE_TEXT.items()}, "one_f_one_b": Pipeline.one_f_one_b},
     "cp_comm": {**{t: c for c, t in CP_COMM_TEXT.items()}, "a2a_p2p": CpComm.a2a_p2p},
@@ -459,7 +459,7 @@ _CHOICES: dict[str, dict[str, IntEnum]] = {
 KEYS = (
     *_INTEGERS,
     *_BOOLEANS,
-    *_CHOICES,
+    *CHOICES,
     "recompute",
     "order",
     "pipeline_layout",
@@ -475,12 +475,12 @@ def _read_value(key: str, value: str) -> Any:
         if value.lower() not in ("true", "false"):
             raise LayoutError(f"layout.{key}", value, "It is true or false.", f"Use {key}=true.")
         return value.lower() == "true"
-    if key in _CHOICES:
-        if value.lower() not in _CHOICES[key]:
+    if key in CHOICES:
+        if value.lower() not in CHOICES[key]:
             raise LayoutError(
-                f"layout.{key}", value, "Unknown choice.", did_you_mean(value, _CHOICES[key])
+                f"layout.{key}", value, "Unknown choice.", did_you_mean(value, CHOICES[key])
             )
-        return _CHOICES[key][value.lower()]
+        return CHOICES[key][value.lower()]
     if key == "recompute":
         return recompute_from_text(value)
     if key == "hierarchical_cp":

@@ -1,0 +1,1 @@
+"""What a layout costs: every formula of memory and time, once, over columns of layouts."""

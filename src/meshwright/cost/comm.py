@@ -1,0 +1,154 @@
+"""Seconds of a collective over a group of ranks that spans NVLink domains.
+
+Alpha-beta over two levels. A group has ``size`` ranks, of which ``inside`` share an NVLink domain
+(the worst place decides). What stays inside moves over NVLink; what leaves uses the network card of
+every member, all groups of the axis being busy at once. Ring and hierarchical algorithms pipeline
+the two, so the slower one counts. Ref: Thakur, Rabenseifner, Gropp, IJHPCA 2005 (cost of ring
+collectives); NCCL's documented "bus bandwidth". Left out: congestion of the fabric above the rail,
+in-network reduction, and tree algorithms for short messages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshwright.cost.columns import Floats
+from meshwright.cost.factors import Factors
+from meshwright.describe.cluster import Cluster
+from meshwright.parallel.layout import Ints, Layouts
+from meshwright.parallel.mesh import dense_mesh, expert_mesh, members_sharing_columns
+
+
+@dataclass(frozen=True)
+class Span:
+    """A group of ranks, row by row: its ``size``, and how many members share a domain."""
+
+    size: Floats
+    inside: Floats
+
+
+@dataclass(frozen=True)
+class Network:
+    """Speeds that collectives reach on a cluster, in bytes/s per GPU and one direction, and s."""
+
+    link_bytes_per_s: float
+    network_bytes_per_s: float
+    all_to_all_fraction: float
+    link_latency_s: float
+    network_latency_s: float
+    start_s: float
+
+
+def network(cluster: Cluster, factors: Factors) -> Network:
+    """Return the speeds in force: datasheet bandwidth times the fitted share of it."""
+    return Network(
+        link_bytes_per_s=cluster.intra_node.bytes_per_s * factors.link_fraction,
+        network_bytes_per_s=cluster.inter_node.bytes_per_s * factors.network_fraction,
+        all_to_all_fraction=factors.all_to_all_fraction,
+        link_latency_s=cluster.intra_node.latency_s,
+        network_latency_s=cluster.inter_node.latency_s,
+        start_s=factors.collective_s,
+    )
+
+
+def span(size: Ints, stride: Ints, domain: int) -> Span:
+    """Return the span of the groups of an axis (``size``, ``stride`` in ranks)."""
+    inside = members_sharing_columns(size, stride, domain)
+    return Span(size.astype(np.float64), inside.astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The groups of every axis that communicates, row by row.
+
+    ``dp`` is the dense data-parallel group, context parallelism included; ``edp`` the experts'.
+    """
+
+    tp: Span
+    cp: Span
+    ep: Span
+    etp: Span
+    dp: Span
+    edp: Span
+    pp_crosses: Floats
+    """1.0 where a pipeline neighbour sits in another domain."""
+
+
+def spans(x: Layouts, cluster: Cluster) -> Spans:
+    """Return the spans of all groups of a table, from the strides of its two meshes.
+
+    Where cp and dp are not neighbours in the order, their joint group is taken at the inner stride.
+    """
+    dense, expert = dense_mesh(x), expert_mesh(x)
+    domain = cluster.scale_up_domain
+    axes = {a.name: a for a in (*dense.axes, *expert.axes)}
+    joint_stride = np.where(x.cp > 1, axes["cp"].stride, axes["dp"].stride)
+    pp = axes["pp"]
+    return Spans(
+        tp=span(axes["tp"].size, axes["tp"].stride, domain),
+        cp=span(axes["cp"].size, axes["cp"].stride, domain),
+        ep=span(axes["ep"].size, axes["ep"].stride, domain),
+        etp=span(axes["etp"].size, axes["etp"].stride, domain),
+        dp=span(x.cp * x.dp, joint_stride, domain),
+        edp=span(axes["edp"].size, axes["edp"].stride, domain),
+        pp_crosses=(members_sharing_columns(pp.size, pp.stride, domain) < pp.size).astype(
+            np.float64
+        ),
+    )
+
+
+def all_gather_s(total_bytes: Floats, over: Span, net: Network) -> Floats:
+    """All-gather, or reduce-scatter: ``total_bytes`` is the whole (gathered) tensor.
+
+    max over levels of bytes / bandwidth, plus latency per step:
+    NVLink carries total * (g-1)/g; the network total * (1 - inside/g), by ``inside`` cards.
+    Ref: as the module. Left out: NVLink SHARP.
+    """
+    g, inside = over.size, over.inside
+    within = total_bytes * (g - 1) / g / net.link_bytes_per_s
+    across = total_bytes * (1 - inside / g) / (inside * net.network_bytes_per_s)
+    return np.where(g > 1, np.maximum(within, across) + _latency_s(over, net), 0.0)
+
+
+def all_reduce_s(total_bytes: Floats, over: Span, net: Network) -> Floats:
+    """All-reduce of ``total_bytes``: a reduce-scatter and an all-gather. Ref: as the module."""
+    return 2.0 * all_gather_s(total_bytes, over, net)
+
+
+def all_to_all_s(local_bytes: Floats, over: Span, net: Network) -> Floats:
+    """All-to-all: every rank sends ``local_bytes`` in all, 1/g of it to each member.
+
+    max(local * (inside-1)/g / NVLink, local * (g-inside)/g / network) + latency. Ref: as the
+    module. Left out: imbalance between experts (see ``forced_balance``).
+    """
+    g, inside = over.size, over.inside
+    within = local_bytes * (inside - 1) / g / (net.link_bytes_per_s * net.all_to_all_fraction)
+    across = local_bytes * (g - inside) / g / (net.network_bytes_per_s * net.all_to_all_fraction)
+    return np.where(g > 1, np.maximum(within, across) + _latency_s(over, net), 0.0)
+
+
+def ring_step_s(message_bytes: Floats, over: Span, net: Network) -> Floats:
+    """One step of a ring: every rank passes ``message_bytes`` to its neighbour.
+
+    Where the ring leaves the domain, one network link of it paces the step. Ref: as the module.
+    """
+    crosses = over.inside < over.size
+    speed = np.where(crosses, net.network_bytes_per_s, net.link_bytes_per_s)
+    latency = np.where(crosses, net.network_latency_s, net.link_latency_s)
+    return np.where(over.size > 1, message_bytes / speed + latency, 0.0)
+
+
+def point_to_point_s(message_bytes: Floats, crosses: Floats, net: Network) -> Floats:
+    """One message between pipeline neighbours. Ref: as the module."""
+    within = message_bytes / net.link_bytes_per_s + net.link_latency_s
+    across = message_bytes / net.network_bytes_per_s + net.network_latency_s
+    return np.where(crosses > 0, across, within)
+
+
+def _latency_s(over: Span, net: Network) -> Floats:
+    domains = over.size / over.inside
+    hops = np.where(over.inside > 1, np.log2(np.maximum(over.inside, 1.0)), 0.0)
+    far_hops = np.log2(np.maximum(domains, 1.0))
+    return net.start_s + hops * net.link_latency_s + far_hops * net.network_latency_s

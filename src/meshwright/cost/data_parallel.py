@@ -1,0 +1,190 @@
+"""Seconds of data parallelism and of the optimizer step, row by row.
+
+Collective times are straight lines in bytes, so each row's line is found once per distinct group
+and then meets the bytes of each pipeline rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshwright.cost.columns import Floats, Index, distinct_index
+from meshwright.cost.comm import Network, all_gather_s, network, span
+from meshwright.cost.compute import Speeds, speeds
+from meshwright.cost.factors import Factors
+from meshwright.cost.memory import shards
+from meshwright.describe.cluster import Cluster
+from meshwright.describe.job import Job
+from meshwright.parallel.layout import Ints, Layouts, Zero
+from meshwright.parallel.mesh import dense_mesh, expert_mesh
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of gathering or scattering ``b`` bytes: ``start_s + b * s_per_byte``, [N] each."""
+
+    start_s: Floats
+    s_per_byte: Floats
+
+    def at(self, size_bytes: Floats) -> Floats:
+        """Return the seconds for ``size_bytes`` [N]; nothing to send takes no time."""
+        return np.where(size_bytes > 0, self.start_s + size_bytes * self.s_per_byte, 0.0)
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """Per row [N]: gathers within a shard group and across its replicas, dense and expert."""
+
+    dense: Line
+    expert: Line
+    dense_replicas: Line
+    expert_replicas: Line
+    dense_shards: Floats
+    expert_shards: Floats
+    zero: Ints
+    at: Speeds
+
+
+def data_parallel(cluster: Cluster, job: Job, x: Layouts, factors: Factors) -> DataParallel:
+    """Return what the data-parallel collectives of each row cost per byte."""
+    net = network(cluster, factors)
+    domain = cluster.scale_up_domain
+    dense, expert = dense_mesh(x), expert_mesh(x)
+    stride = np.where(x.cp > 1, dense.axis("cp").stride, dense.axis("dp").stride)
+    edp_stride = expert.axis("edp").stride
+    dense_shards, expert_shards = shards(x)
+    lines: list[Line] = []
+    for size, shard, step in (
+        (x.dp * x.cp, dense_shards, stride),
+        (x.edp, expert_shards, edp_stride),
+    ):
+        inner = shard.astype(np.int64)
+        lines.append(_line(inner, step, domain, net))
+        lines.append(_line(np.maximum(size // inner, 1), step * inner, domain, net))
+    return DataParallel(
+        dense=lines[0],
+        expert=lines[2],
+        dense_replicas=lines[1],
+        expert_replicas=lines[3],
+        dense_shards=dense_shards,
+        expert_shards=expert_shards,
+        zero=x.zero,
+        at=speeds(cluster.gpu, job.precision, factors),
+    )
+
+
+def rows_of(dp: DataParallel, rows: Index) -> DataParallel:
+    """Return the costs of some rows."""
+
+    def line(whole: Line) -> Line:
+        return Line(whole.start_s[rows], whole.s_per_byte[rows])
+
+    return DataParallel(
+        dense=line(dp.dense),
+        expert=line(dp.expert),
+        dense_replicas=line(dp.dense_replicas),
+        expert_replicas=line(dp.expert_replicas),
+        dense_shards=dp.dense_shards[rows],
+        expert_shards=dp.expert_shards[rows],
+        zero=dp.zero[rows],
+        at=dp.at,
+    )
+
+
+def _line(size: Ints, stride: Ints, domain: int, net: Network) -> Line:
+    first, inverse = distinct_index([size, stride])
+    over = span(size[first], stride[first], domain)
+    nothing = np.zeros_like(over.size)
+    start = all_gather_s(nothing, over, net)
+    per_byte = (all_gather_s(nothing + 1e9, over, net) - start) / 1e9
+    return Line(start_s=start[inverse], s_per_byte=per_byte[inverse])
+
+
+def gather_and_reduce_s(
+    dense_bytes: Floats, expert_bytes: Floats, replicated_fraction: float, dp: DataParallel
+) -> Floats:
+    """Seconds to gather, or to reduce-scatter, the given bytes of one rank's slice, [N].
+
+    Under hybrid sharding the scattered part is also reduced across replicas. Ref: Rajbhandari et
+    al., arXiv:1910.02054, section 7; Zhao et al., arXiv:2304.11277, section 3.2.2 (hybrid).
+    """
+    within = dp.dense.at(dense_bytes) + dp.expert.at(expert_bytes)
+    across = dp.dense_replicas.at(dense_bytes / dp.dense_shards) + dp.expert_replicas.at(
+        expert_bytes / dp.expert_shards
+    )
+    return within + replicated_fraction * across
+
+
+def dp_comm_s(
+    job: Job,
+    factors: Factors,
+    dp: DataParallel,
+    dense_params: Floats,
+    expert_params: Floats,
+    forward_s: Floats,
+    backward_s: Floats,
+    num_microbatches: int,
+) -> Floats:
+    """Exposed seconds of data-parallel communication of one rank, [N].
+
+    ``*_params`` are the trained weights of the rank, ``forward_s``/``backward_s`` its seconds per
+    micro-batch. Gradients are reduced during the last backward, weights gathered during the first
+    forward; what the overlap switch hides is at most ``dp_hidden_fraction`` of that compute.
+    ZeRO-3 gathers weights in every forward and backward and reduces in every backward.
+    Ref: arXiv:1910.02054, section 7; Megatron-LM, distributed optimizer documentation.
+    Left out: the first bucket's wait and interference with other collectives.
+    """
+    execution, precision = job.execution, job.precision
+    hide_reduce = factors.dp_hidden_fraction * float(execution.overlap_grad_reduce)
+    hide_gather = factors.dp_hidden_fraction * float(execution.overlap_param_gather)
+    reduce = gather_and_reduce_s(
+        dense_params * precision.grad_reduce_bytes,
+        expert_params * precision.grad_reduce_bytes,
+        2.0,
+        dp,
+    )
+    gather = gather_and_reduce_s(
+        dense_params * precision.param_gather_bytes,
+        expert_params * precision.param_gather_bytes,
+        0.0,
+        dp,
+    )
+    is_full = dp.zero == Zero.optim_grads_params
+    # An all-reduce (nothing sharded) is a reduce-scatter and a gather of gradients.
+    reduce_once = np.where(dp.zero == Zero.no_shard, 2.0 * reduce, reduce)
+    gather_once = np.where(dp.zero == Zero.no_shard, 0.0, gather)
+    once = np.maximum(reduce_once - hide_reduce * backward_s, 0.0) + np.maximum(
+        gather_once - hide_gather * forward_s, 0.0
+    )
+    per_microbatch = np.maximum(gather - hide_gather * forward_s, 0.0) + np.maximum(
+        gather + reduce - hide_reduce * backward_s, 0.0
+    )
+    return np.where(is_full, num_microbatches * per_microbatch, once)
+
+
+def optimizer_s(
+    job: Job,
+    cluster: Cluster,
+    factors: Factors,
+    dp: DataParallel,
+    dense_params: Floats,
+    expert_params: Floats,
+) -> Floats:
+    """Seconds of Adam on one rank's share of the state, [N].
+
+    Gradients are read twice (norm and update), state read and written, weights written; the part
+    kept on the host crosses its link both ways. ``step_overhead_s`` is paid once a step (logging,
+    gradient norm, schedulers). Ref: Kingma and Ba, arXiv:1412.6980 (state); traffic counted.
+    """
+    precision = job.precision
+    sharded = dp.zero >= Zero.optim
+    dense = np.where(sharded, dense_params / dp.dense_shards, dense_params)
+    expert = np.where(sharded, expert_params / dp.expert_shards, expert_params)
+    state = precision.master_bytes + precision.moment_bytes
+    moved = 2.0 * precision.grad_bytes + 2.0 * state + precision.param_bytes
+    on_card = (dense + expert) * moved / dp.at.hbm_bytes_per_s
+    offloaded = job.execution.optimizer_offload_fraction
+    crossing = (dense + expert) * (precision.grad_bytes + precision.param_bytes) * offloaded
+    return on_card + crossing / cluster.gpu.host_bytes_per_s + factors.step_overhead_s

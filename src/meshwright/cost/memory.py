@@ -1,0 +1,167 @@
+"""Bytes that a rank holds: weights, gradients, optimizer state, activations, buffers.
+
+Static bytes are per parameter and shard; activation bytes are per micro-batch of a block. How many
+micro-batches are held at once is the schedule's affair (``parallel.pipeline.held_microbatches``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshwright.cost.blocks import Pricing
+from meshwright.cost.columns import Floats
+from meshwright.describe.job import Job
+from meshwright.describe.model import Block, Op, OpKind, Saved
+from meshwright.parallel.layout import Layouts, Recompute, Zero
+
+
+@dataclass(frozen=True)
+class BytesPerParam:
+    """Bytes that one rank holds for each parameter of its slice, [N]: dense and expert weights."""
+
+    dense: Floats
+    expert: Floats
+
+
+def weights_bytes_per_param(job: Job, x: Layouts) -> BytesPerParam:
+    """Weights in compute precision, quantised copies included.
+
+    ZeRO-3 keeps 1/shard of them. Ref: Rajbhandari et al., arXiv:1910.02054, section 3. Left out:
+    allocator rounding; the layers gathered at one time are ``gathered_weights``.
+    """
+    whole = job.precision.param_bytes + job.precision.param_copy_bytes
+    return _sharded(whole, x, Zero.optim_grads_params)
+
+
+def grads_bytes_per_param(job: Job, x: Layouts) -> BytesPerParam:
+    """Gradients in the precision they are accumulated in.
+
+    ZeRO-2 keeps 1/shard of them. Ref: arXiv:1910.02054, section 3; Megatron-LM's distributed
+    optimizer documentation (fp32 gradients beside bf16 weights).
+    """
+    return _sharded(job.precision.grad_bytes, x, Zero.optim_grads)
+
+
+def optimizer_bytes_per_param(job: Job, x: Layouts) -> BytesPerParam:
+    """Master weights and both Adam moments.
+
+    ZeRO-1 keeps 1/shard of them; what is offloaded to the host is not held. Ref: arXiv:1910.02054,
+    section 3.
+    """
+    held = (job.precision.master_bytes + job.precision.moment_bytes) * (
+        1.0 - job.execution.optimizer_offload_fraction
+    )
+    return _sharded(held, x, Zero.optim)
+
+
+def _sharded(whole_bytes: float, x: Layouts, from_stage: Zero) -> BytesPerParam:
+    dense, expert = shards(x)
+    sharded = x.zero >= from_stage
+    return BytesPerParam(
+        dense=np.where(sharded, whole_bytes / dense, whole_bytes),
+        expert=np.where(sharded, whole_bytes / expert, whole_bytes),
+    )
+
+
+def shards(x: Layouts) -> tuple[Floats, Floats]:
+    """Return over how many ranks dense and expert state is sharded, [N] each.
+
+    Dense: dp*cp / dp_replicate. Experts: edp / dp_replicate, at least 1.
+    """
+    dense = (x.dp * x.cp // x.dp_replicate).astype(np.float64)
+    expert = np.maximum(x.edp // x.dp_replicate, 1).astype(np.float64)
+    return dense, expert
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """Bytes of one micro-batch of one block on one rank, [D] each.
+
+    ``kept`` from forward to backward; ``whole`` what is kept without full recomputation (alive
+    while a fully recomputed layer runs backward); ``logits`` the part of ``kept`` that the loss
+    keeps; ``working`` the largest gradients alive at once inside the block.
+    """
+
+    kept: Floats
+    whole: Floats
+    logits: Floats
+    working: Floats
+
+
+def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
+    """Price the activations of a block.
+
+    kept = sum over saved tensors of elements / divisors * bytes, less what recomputation drops;
+    under full recomputation the layer's input alone. Ref: Korthikanti et al., arXiv:2205.05198,
+    section 4 (TP, SP and selective recomputation). Left out: padding of routed tokens.
+    """
+    d = len(p.slice.tp)
+    whole, logits, working = np.zeros(d), np.zeros(d), np.zeros(d)
+    for op in block.ops:
+        op_bytes = np.zeros(d)
+        for saved in saved_tensors(op, p):
+            size = p.slice.elements(saved) * element_bytes(saved, p)
+            selective = int(saved.dropped & ~Recompute.full & ~Recompute.block)
+            op_bytes += np.where((p.slice.recompute & selective) != 0, 0.0, size)
+        whole += op_bytes
+        if op.kind is OpKind.cross_entropy:
+            logits += op_bytes
+        working = np.maximum(working, working_bytes(op, p))
+    is_full = (p.slice.recompute & int(Recompute.full)) != 0
+    boundary = block.hidden_inputs * hidden_size * p.slice.sp_tokens * p.job.precision.act_bytes
+    recomputable = any(op.kind is OpKind.cross_entropy for op in block.ops) is False
+    kept = np.where(is_full & recomputable, boundary, whole)
+    return BlockBytes(kept=kept, whole=whole, logits=logits, working=working)
+
+
+def saved_tensors(op: Op, p: Pricing) -> tuple[Saved, ...]:
+    """Return what an op keeps; unfused attention and losses keep more than fused ones.
+
+    Unfused attention keeps per head and pair of tokens the softmax (2 bytes), the dropout mask (1)
+    and the dropout output (2): 5as of Korthikanti's sbh(34 + 5as/h). A loss that is not fused keeps
+    the logits in fp32 as well.
+    """
+    if op.kind is OpKind.attention and not p.job.execution.flash_attention:
+        pairs = op.num_heads * float(p.slice.seq_len)
+        dropped = Recompute.core_attn | Recompute.full
+        scores = (
+            Saved(name="softmax", elements=pairs, where="tp", dropped=dropped),
+            Saved(name="dropout_mask", elements=pairs, where="tp", dtype="byte", dropped=dropped),
+            Saved(name="dropout_output", elements=pairs, where="tp", dropped=dropped),
+        )
+        return tuple(s for s in op.saved if s.dtype != "fp32") + scores
+    if op.kind is OpKind.cross_entropy and not p.job.execution.fused_cross_entropy:
+        vocab = op.saved[0].elements
+        return (*op.saved, Saved(name="logits_fp32", elements=vocab, where="tp", dtype="fp32"))
+    return op.saved
+
+
+def element_bytes(saved: Saved, p: Pricing) -> float:
+    """Return the bytes of one element of a kept tensor."""
+    precision = p.job.precision
+    return {
+        "act": precision.act_bytes,
+        "matmul": precision.matmul_input_bytes,
+        "fp32": 4.0,
+        "byte": 1.0,
+    }[saved.dtype]
+
+
+def working_bytes(op: Op, p: Pricing) -> Floats:
+    """Gradients of input and output of an op, alive together while it runs backward, [D].
+
+    The gathered input of a tensor-parallel region counts whole. Ref: none; an estimate of what the
+    allocator must find beside the kept tensors. Left out: workspaces of libraries.
+    """
+    tokens = p.slice.op_tokens(op.where)
+    divisor = p.slice.etp if op.where in ("expert", "routed") else p.slice.tp
+    if op.kind in (OpKind.matmul, OpKind.grouped_matmul):
+        k = op.in_features / (divisor if op.split == "in" else np.ones_like(divisor))
+        n = op.out_features / (divisor if op.split == "out" else np.ones_like(divisor))
+        return tokens * (k + n) * p.job.precision.act_bytes
+    if op.kind is OpKind.attention:
+        dims = op.num_heads * (op.qk_head_dim + 2 * op.v_head_dim)
+        return tokens * (dims + op.num_kv_heads * op.qk_head_dim) / divisor * 2.0
+    return np.zeros_like(tokens)

@@ -1,0 +1,90 @@
+"""What one rank sees of one micro-batch of one layer: degrees and tokens as float columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshwright.cost.columns import Floats
+from meshwright.cost.comm import Spans, spans
+from meshwright.describe.cluster import Cluster
+from meshwright.describe.job import Job
+from meshwright.describe.model import Model, Saved, Where
+from meshwright.parallel.layout import CpComm, Ints, Layouts
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Columns [D] over distinct rows; tokens are those of one micro-batch.
+
+    ``tokens`` = mbs * seq_len / cp; ``sp_tokens`` divides them by TP under sequence parallelism;
+    ``routed_tokens`` = sp_tokens * topk * etp arrive at the experts of a rank (balanced routing,
+    times the capacity factor where one pads).
+    """
+
+    tp: Floats
+    cp: Floats
+    ep: Floats
+    etp: Floats
+    sp: Ints
+    cp_comm: Ints
+    recompute: Ints
+    tokens: Floats
+    sp_tokens: Floats
+    routed_tokens: Floats
+    seq_len: int
+    spans: Spans
+
+    def op_tokens(self, where: Where) -> Floats:
+        """Return the tokens an op runs on: whole inside a TP region, divided between regions."""
+        if where in ("expert", "routed"):
+            return self.routed_tokens
+        return self.tokens if where == "tp" else self.sp_tokens
+
+    def feature_divisor(self, where: Where) -> Floats:
+        """Return what divides the features of a tensor: TP, ETP or nothing."""
+        if where == "tp":
+            return self.tp
+        return self.etp if where == "expert" else np.ones_like(self.tp)
+
+    def elements(self, saved: Saved) -> Floats:
+        """Return the elements of a kept tensor on one rank."""
+        return saved.elements / self.feature_divisor(saved.where) * self.op_tokens(saved.where)
+
+
+SLICE_COLUMNS = ("tp", "cp", "ep", "etp", "mbs", "sp", "cp_comm", "recompute")
+
+
+def slice_keys(x: Layouts, cluster: Cluster) -> list[Ints]:
+    """Return the columns that a slice depends on, the spans of its groups included."""
+    over = spans(x, cluster)
+    inside = [over.tp.inside, over.cp.inside, over.ep.inside, over.etp.inside]
+    return [getattr(x, c) for c in SLICE_COLUMNS] + [i.astype(np.int64) for i in inside]
+
+
+def slices(model: Model, cluster: Cluster, job: Job, x: Layouts) -> Slice:
+    """Return the slice of each row of ``x``."""
+    tp, cp, ep, etp = (c.astype(np.float64) for c in (x.tp, x.cp, x.ep, x.etp))
+    tokens = x.mbs * float(job.seq_len) / cp
+    sp_tokens = np.where(x.sp > 0, tokens / tp, tokens)
+    capacity = job.execution.capacity_factor or 1.0
+    return Slice(
+        tp=tp,
+        cp=cp,
+        ep=ep,
+        etp=etp,
+        sp=x.sp,
+        cp_comm=x.cp_comm,
+        recompute=x.recompute,
+        tokens=tokens,
+        sp_tokens=sp_tokens,
+        routed_tokens=sp_tokens * max(model.topk, 1) * etp * capacity,
+        seq_len=job.seq_len,
+        spans=spans(x, cluster),
+    )
+
+
+def is_ring(cp_comm: Ints) -> Ints:
+    """Return 1 where context parallelism passes keys and values round a ring."""
+    return ((cp_comm == CpComm.p2p) | (cp_comm == CpComm.a2a_p2p)).astype(np.int64)

@@ -1,0 +1,270 @@
+"""Which blocks each pipeline rank holds and runs: matrices from block costs to rank costs.
+
+Everything here depends on the pipeline and the model's layers alone, so it is made once for all
+rows that share them. [S] are virtual stages in model order, [P] pipeline ranks, [K] block kinds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from meshwright.cost.columns import Floats
+from meshwright.describe.model import Model
+from meshwright.parallel.layout import Pipeline, Recompute
+from meshwright.parallel.pipeline import bound_coefficients, held_microbatches
+from meshwright.parallel.placement import Placement, place
+
+
+@dataclass(frozen=True)
+class PipelineKey:
+    """What the rows of a group share: the shape of their pipeline."""
+
+    schedule: int
+    pp: int
+    vpp: int
+    num_microbatches: int
+    microbatch_group_size: int
+    first: int
+    last: int
+    account_for_embedding: int
+    account_for_loss: int
+    recompute_block: int
+    recompute_num_layers: int
+    pipeline_layout: str | None
+
+
+PIPELINE_COLUMNS = (
+    "schedule",
+    "pp",
+    "vpp",
+    "microbatch_group_size",
+    "first",
+    "last",
+    "account_for_embedding",
+    "account_for_loss",
+)
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What placement needs of a model: hashable, small."""
+
+    pattern: tuple[int, ...]
+    num_layer_kinds: int
+    num_mtp: int
+    tied: bool
+
+    @property
+    def num_kinds(self) -> int:
+        """K: layer kinds, embedding, head, MTP layers."""
+        return self.num_layer_kinds + 2 + self.num_mtp
+
+
+def layer_facts(model: Model) -> LayerFacts:
+    """Return the facts of a model that placement needs."""
+    return LayerFacts(
+        pattern=model.layer_pattern,
+        num_layer_kinds=len(model.layer_kinds),
+        num_mtp=len(model.mtp_layers),
+        tied=model.tie_word_embeddings,
+    )
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Counts of blocks.
+
+    ``runs`` [S, K]: blocks a virtual stage runs per micro-batch. ``reruns`` [S, K]: those of them
+    that full recomputation runs again. ``own`` [P, K] and ``own_reruns`` [P, K]: the same by rank.
+    ``params`` [P, K]: blocks whose weights a rank holds (a tied table is held at both ends).
+    Memory candidates, one row for each combination of held micro-batches that could be the peak,
+    [Q, K]: ``held`` micro-batches of what is kept, ``held_whole`` of layers that are not recomputed
+    under ``full:block``, ``alive`` recomputed layers that are whole while they run backward,
+    ``held_params`` and ``present`` of the candidate's rank ``candidate_rank`` [Q].
+    ``bound_*`` [R, K] and ``bound_p2p`` [R]: a lower bound of the pipeline time is the maximum over
+    R of forward.f + reruns.r + backward.b + p2p * message.
+    """
+
+    placement: Placement
+    runs: Floats
+    reruns: Floats
+    own: Floats
+    own_reruns: Floats
+    params: Floats
+    held: Floats
+    held_whole: Floats
+    alive: Floats
+    held_params: Floats
+    present: Floats
+    candidate_rank: tuple[int, ...]
+    bound_forward: Floats
+    bound_reruns: Floats
+    bound_backward: Floats
+    bound_p2p: Floats
+
+
+@lru_cache(maxsize=8192)
+def stages(facts: LayerFacts, key: PipelineKey, every_rank: bool = False) -> Stages:
+    """Return the matrices of a pipeline; ``every_rank`` keeps memory candidates that cannot win.
+
+    Raises ``LayoutError`` when the layers cannot be placed.
+    """
+    kind = Pipeline(key.schedule)
+    placement = place(
+        len(facts.pattern),
+        key.pp,
+        key.vpp,
+        first=key.first,
+        last=key.last,
+        account_for_embedding=bool(key.account_for_embedding),
+        account_for_loss=bool(key.account_for_loss),
+        pipeline_layout=key.pipeline_layout,
+        mtp=facts.num_mtp,
+        schedule=kind,
+    )
+    runs = _runs(facts, placement)
+    rank = np.asarray(placement.rank_of_stage)
+    chunk = np.asarray(placement.chunk_of_stage)
+    reruns = _reruns(facts, runs, key)
+    params = _params(facts, placement, runs, key.pp)
+    held_rows = held_microbatches(
+        kind, key.pp, key.vpp, key.num_microbatches, key.microbatch_group_size
+    )
+    combos = [(r, combo) for r, rows in enumerate(held_rows) for combo in rows]
+    held = np.zeros((len(combos), facts.num_kinds))
+    held_whole, alive = np.zeros_like(held), np.zeros_like(held)
+    inputs = _kept_inputs(facts, runs, reruns, key)
+    for q, (r, combo) in enumerate(combos):
+        on_rank = np.flatnonzero(rank == r)
+        times = np.asarray(combo, dtype=np.float64)[chunk[on_rank]]
+        held[q] = np.einsum("s,sk->k", times, inputs[on_rank])
+        held_whole[q] = np.einsum("s,sk->k", times, (runs - reruns)[on_rank])
+        alive[q] = _alive(facts, reruns[on_rank], key)
+    at = [r for r, _ in combos]
+    present = (_by_rank(runs, rank, key.pp)[at] > 0).astype(np.float64)
+    everything = np.concatenate([held, held_whole, alive, params[at], present], axis=1)
+    keep = list(range(len(combos))) if every_rank else _maximal(everything)
+    fwd, bwd, p2p = bound_coefficients(kind, key.pp, key.vpp, key.num_microbatches)
+    lines = np.concatenate(
+        [
+            np.einsum("rs,sk->rk", fwd, runs),
+            np.einsum("rs,sk->rk", bwd, reruns),
+            np.einsum("rs,sk->rk", bwd, runs),
+            p2p[:, None],
+        ],
+        axis=1,
+    )
+    lines = lines[_maximal(lines)]
+    k = facts.num_kinds
+    return Stages(
+        placement=placement,
+        runs=runs,
+        reruns=reruns,
+        own=_by_rank(runs, rank, key.pp),
+        own_reruns=_by_rank(reruns, rank, key.pp),
+        params=params,
+        held=held[keep],
+        held_whole=held_whole[keep],
+        alive=alive[keep],
+        held_params=params[at][keep],
+        present=present[keep],
+        candidate_rank=tuple(at[q] for q in keep),
+        bound_forward=lines[:, :k],
+        bound_reruns=lines[:, k : 2 * k],
+        bound_backward=lines[:, 2 * k : 3 * k],
+        bound_p2p=lines[:, 3 * k],
+    )
+
+
+def _runs(facts: LayerFacts, placement: Placement) -> Floats:
+    runs = np.zeros((len(placement.layers), facts.num_kinds))
+    for stage, layers in enumerate(placement.layers):
+        for layer in layers:
+            runs[stage, facts.pattern[layer]] += 1.0
+    embedding, head = facts.num_layer_kinds, facts.num_layer_kinds + 1
+    runs[placement.embedding_stage, embedding] += 1.0
+    runs[placement.loss_stage, head] += 1.0
+    depth = 0
+    for stage, count in enumerate(placement.mtp_layers):
+        for _ in range(count):
+            # Every MTP depth embeds its tokens and runs the head once more.
+            runs[stage, head + 1 + depth] += 1.0
+            runs[stage, embedding] += 1.0
+            runs[placement.loss_stage, head] += 1.0
+            depth += 1
+    return runs
+
+
+def _params(facts: LayerFacts, placement: Placement, runs: Floats, pp: int) -> Floats:
+    held = np.minimum(runs, np.inf)
+    embedding, head = facts.num_layer_kinds, facts.num_layer_kinds + 1
+    # Shared weights are held once a rank, however often they run.
+    rank = np.asarray(placement.rank_of_stage)
+    params = _by_rank(held, rank, pp)
+    for shared in (embedding, head):
+        params[:, shared] = np.minimum(params[:, shared], 1.0)
+    loss_rank = placement.rank_of_stage[placement.loss_stage]
+    if facts.tied:
+        params[loss_rank, embedding] = 1.0
+    return params
+
+
+def _reruns(facts: LayerFacts, runs: Floats, key: PipelineKey) -> Floats:
+    reruns = runs.copy()
+    if key.recompute_block:
+        layers = runs[:, : facts.num_layer_kinds]
+        # The first N layers of each stage; kinds share them in the order they stand.
+        before = np.cumsum(layers, axis=1) - layers
+        left = np.maximum(key.recompute_num_layers - before, 0.0)
+        reruns[:, : facts.num_layer_kinds] = np.minimum(layers, left)
+    return reruns
+
+
+def _kept_inputs(facts: LayerFacts, runs: Floats, reruns: Floats, key: PipelineKey) -> Floats:
+    """Return how many layer inputs (or whole layers, without full recomputation) a stage keeps."""
+    if key.recompute_block or key.recompute_num_layers <= 1:
+        return reruns
+    inputs = reruns.copy()
+    layers = inputs[:, : facts.num_layer_kinds]
+    total = np.maximum(layers.sum(axis=1, keepdims=True), 1.0)
+    inputs[:, : facts.num_layer_kinds] = layers / total * np.ceil(total / key.recompute_num_layers)
+    return inputs
+
+
+def _alive(facts: LayerFacts, reruns: Floats, key: PipelineKey) -> Floats:
+    """Return the layers that are whole at once while they are run again: one, or a group of N."""
+    together = 1.0 if key.recompute_block else float(max(key.recompute_num_layers, 1))
+    most = reruns.max(axis=0)
+    alive = np.zeros(facts.num_kinds)
+    layers = slice(0, facts.num_layer_kinds)
+    if together == 1.0:
+        alive[layers] = (most[layers] > 0).astype(np.float64)
+        return alive
+    heaviest = int(np.argmax(most[layers]))
+    alive[heaviest] = min(together, float(most[layers].sum()))
+    return alive
+
+
+def _by_rank(counts: Floats, rank: np.ndarray, pp: int) -> Floats:
+    out = np.zeros((pp, counts.shape[1]))
+    np.add.at(out, rank, counts)
+    return out
+
+
+def _maximal(rows: Floats) -> list[int]:
+    """Return the rows that no other row exceeds everywhere (the first of equal ones)."""
+    keep: list[int] = []
+    for i, candidate in enumerate(rows):
+        beaten = np.all(rows >= candidate, axis=1)
+        equal = np.all(rows == candidate, axis=1)
+        if not np.any(beaten & ~equal) and not np.any(equal[:i]):
+            keep.append(i)
+    return keep
+
+
+def recompute_key(recompute: int) -> int:
+    """Return 1 for ``full:block``, which recomputes only part of a stage."""
+    return int(bool(recompute & Recompute.block and recompute & Recompute.full))
