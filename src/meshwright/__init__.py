@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from meshwright.errors import MeshwrightError
     from meshwright.findings import Finding
     from meshwright.parallel.mesh import rank_groups
-    from meshwright.parallel.pipeline import schedule_order
+    from meshwright.parallel.actions import schedule_order
     from meshwright.parallel.placement import place_layers
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ _HOMES: dict[str, str] = {
     "parameters": "meshwright.describe.models",
     "place_layers": "meshwright.parallel.placement",
     "rank_groups": "meshwright.parallel.mesh",
-    "schedule_order": "meshwright.parallel.pipeline",
+    "schedule_order": "meshwright.parallel.actions",
 }
 """Where each public name lives. Names are imported when first used, so that a command pays only
 for what it needs (``meshwright --help`` imports neither numpy nor torch)."""

@@ -251,7 +251,7 @@ def rank_groups(
     etp: int | None = None,
     order: str = DEFAULT_ORDER,
     hierarchical_cp: Sequence[int] | None = None,
-    vpp: int = 1,
+    vpp: int | None = 1,
 ) -> dict[str, list[list[int]]]:
     """Return every process group of a launch, by name, as Megatron-LM builds them.
 
@@ -265,7 +265,7 @@ def rank_groups(
         tp=tp,
         cp=cp,
         pp=pp,
-        vpp=vpp,
+        vpp=1 if vpp is None else vpp,
         ep=ep,
         etp=tp if etp is None else etp,
         gpus=gpus,

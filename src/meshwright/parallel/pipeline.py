@@ -1,8 +1,6 @@
-"""Pipeline schedules: what each rank does in which order, whether that runs, and how long it takes.
+"""What follows from a schedule: that it runs, how long it takes, and what it holds in memory.
 
-A schedule gives every pipeline rank an ordered list of actions. ``F`` is a forward pass, ``B`` a
-whole backward pass; schedules that split the backward write ``I`` (gradient of the input) and ``W``
-(gradient of the weights) for ``B``. An action needs the one before it on its rank, and
+An action needs the one before it on its rank, and
 
     F(stage s, i)     needs  F(s-1, i)
     B or I(s, i)      needs  B or I(s+1, i), the last stage its own F
@@ -14,159 +12,29 @@ times to that order for any number of rows at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from importlib import import_module
-from itertools import chain
-from typing import Literal, NamedTuple, cast
+from functools import lru_cache
+from itertools import chain, pairwise
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright import registry
 from meshwright.errors import LayoutError
-from meshwright.parallel.layout import Ints, Pipeline, whole_number
-from meshwright.parallel.placement import stage_ranks
+from meshwright.parallel.actions import (
+    KINDS,
+    Action,
+    Floats,
+    Kind,
+    Schedule,
+    build_schedule,
+    check_numbers,
+    schedule_module,
+)
+from meshwright.parallel.layout import Ints, Pipeline
 
-Floats = NDArray[np.float64]
-Kind = Literal["F", "B", "I", "W"]
-KINDS = "FBIW"
-
-SCHEDULES = "meshwright.parallel.schedules"
-MOST_ACTIONS = 2**24
-"""The largest schedule that is written out action by action."""
 MOST_CELLS = 2**22
 """Numbers of one array of a simulation; more rows are simulated in turns."""
-
-
-class Action(NamedTuple):
-    """One step of one pipeline rank: what, on which of its chunks, for which micro-batch."""
-
-    kind: Kind
-    chunk: int
-    microbatch: int
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """The ordered actions of every pipeline rank.
-
-    ``v_shape``: odd chunks run from the last rank back to the first.
-    """
-
-    name: str
-    pp: int
-    vpp: int
-    num_microbatches: int
-    ranks: tuple[tuple[Action, ...], ...]
-    v_shape: bool = False
-
-    @property
-    def rank_of_stage(self) -> tuple[int, ...]:
-        """The pipeline rank of every virtual stage, in model order."""
-        return stage_ranks(self.pp, self.vpp, self.v_shape)
-
-    def stage(self, rank: int, chunk: int) -> int:
-        """Return the virtual stage, in model order, that is chunk ``chunk`` of ``rank``."""
-        place = self.pp - 1 - rank if self.v_shape and chunk % 2 else rank
-        return chunk * self.pp + place
-
-    def text(self) -> list[str]:
-        """Return one line per rank: ``F0 F1 B0``, with chunks ``F1.0`` (chunk.micro-batch)."""
-        return [" ".join(self.name_of(action) for action in actions) for actions in self.ranks]
-
-    def name_of(self, action: Action) -> str:
-        """Return the text form of one action."""
-        chunk = f"{action.chunk}." if self.vpp > 1 else ""
-        return f"{action.kind}{chunk}{action.microbatch}"
-
-
-def actions_of(kind: Kind, places: Sequence[tuple[int, int]]) -> list[Action]:
-    """Return the actions of one kind at ``(chunk, microbatch)`` places."""
-    return [Action(kind, chunk, microbatch) for chunk, microbatch in places]
-
-
-def one_forward_one_backward(
-    forwards: Sequence[Action], backwards: Sequence[Action], warmup: int
-) -> tuple[Action, ...]:
-    """Return ``warmup`` forwards, then a forward and a backward in turns, then what is left."""
-    warmup = min(warmup, len(forwards))
-    turns = chain.from_iterable(zip(forwards[warmup:], backwards, strict=False))
-    return (*forwards[:warmup], *turns, *backwards[len(forwards) - warmup :])
-
-
-def single_chunk(name: str, vpp: int) -> None:
-    """Raise ``LayoutError`` unless there is one chunk a rank."""
-    if vpp != 1:
-        rule = f"{name} runs one chunk per pipeline rank."
-        raise LayoutError("layout.vpp", vpp, rule, "Use vpp=1, or schedule=interleaved.")
-
-
-@cache
-def aliases() -> dict[str, str]:
-    """Return the other spellings of the schedules, from the ``ALIASES`` of their files."""
-    found: dict[str, str] = {}
-    for name in registry.names(SCHEDULES):
-        spellings = cast("Sequence[str]", import_module(f"{SCHEDULES}.{name}").ALIASES)
-        found |= {spelling: name for spelling in spellings}
-    return found
-
-
-def schedule_name(kind: Pipeline | int | str) -> str:
-    """Return the registered name of a schedule. Raises ``MeshwrightError`` when unknown."""
-    if not isinstance(kind, str):
-        return Pipeline(kind).name
-    name = kind.lower().replace("-", "_")
-    registry.load(SCHEDULES, name, field="layout.schedule", aliases=aliases())
-    return aliases().get(name, name)
-
-
-def build_schedule(
-    kind: Pipeline | str,
-    pp: int,
-    vpp: int,
-    num_microbatches: int,
-    microbatch_group_size: int = 0,
-) -> Schedule:
-    """Return the schedule called ``kind``. ``microbatch_group_size`` 0 means ``pp``.
-
-    Raises ``LayoutError`` when the schedule does not exist for these numbers.
-    """
-    pp, vpp = whole_number("layout.pp", pp), whole_number("layout.vpp", vpp)
-    num_microbatches = whole_number("num_microbatches", num_microbatches)
-    group = whole_number("layout.microbatch_group_size", microbatch_group_size, low=0)
-    return _build(schedule_name(kind), pp, vpp, num_microbatches, group)
-
-
-@lru_cache(maxsize=256)
-def _build(name: str, pp: int, vpp: int, num_microbatches: int, group: int) -> Schedule:
-    if pp * vpp * num_microbatches * 2 > MOST_ACTIONS:
-        most = max(1, MOST_ACTIONS // (2 * pp * vpp))
-        rule = f"Schedules are written out up to {MOST_ACTIONS} actions."
-        raise LayoutError("num_microbatches", num_microbatches, rule, f"Use at most {most}.")
-    build = cast("Callable[..., Schedule]", import_module(f"{SCHEDULES}.{name}").build)
-    return build(pp, vpp, num_microbatches, group)
-
-
-def schedule_order(
-    pp: int,
-    num_microbatches: int,
-    vpp: int | None = 1,
-    name: str | None = None,
-    microbatch_group_size: int | None = None,
-) -> list[str]:
-    """Return, per pipeline rank, the order of its actions as text.
-
-    ``F0 F1 B0`` with one chunk a rank, ``F<chunk>.<microbatch>`` with more. ``name`` left out means
-    interleaved when ``vpp`` > 1, else 1F1B: what Megatron-LM runs.
-
-    Raises ``LayoutError`` when the schedule does not exist for these numbers.
-    """
-    vpp = 1 if vpp is None else whole_number("layout.vpp", vpp)
-    if name is None:
-        name = "interleaved" if vpp > 1 else "one_f_one_b"
-    return build_schedule(name, pp, vpp, num_microbatches, microbatch_group_size or 0).text()
 
 
 @dataclass(frozen=True, eq=False)
@@ -390,7 +258,7 @@ def _simulate_rows(
     clock = np.zeros((2 * count + 1, rows))
     needs = x.needs.copy()
     needs[1] += np.where(x.crosses, count + 1, 0)
-    for a, b in zip(x.starts[:-1], x.starts[1:], strict=True):
+    for a, b in pairwise(x.starts):
         ready = clock.take(needs[:, a:b], axis=0)
         end = clock[a:b]
         np.add(np.maximum(ready[0], ready[1]), duration[a:b], out=end)
@@ -402,3 +270,61 @@ def _simulate_rows(
         return ends, ()
     began = clock[:count] - duration
     return ends, tuple(began[x.rank == rank].T for rank in range(schedule.pp))
+
+
+@lru_cache(maxsize=4096)
+def bound_coefficients(
+    kind: Pipeline | str, pp: int, vpp: int, num_microbatches: int
+) -> tuple[Floats, Floats, Floats]:
+    """Return R chains of actions that wait for each other: fwd [R, S], bwd [R, S], p2p [R].
+
+    max over R of fwd . fwd_s + bwd . bwd_s + p2p * p2p_s is never above ``simulate(...).step_s``,
+    whatever the stages cost and however a backward is split. The chains are those of the
+    schedule's ``critical_paths``. On even stages without transfers the maximum is the closed form
+    (m*vpp + pp - 1) * (fwd_s + bwd_s) of 1F1B and interleaving.
+
+    Left out: ``I`` without its ``W`` in split schedules, and interleaving's group size.
+    """
+    check_numbers(pp, vpp, num_microbatches, 0)
+    paths = schedule_module(kind).critical_paths(pp, vpp, num_microbatches)
+    distinct = {(row := np.hstack(path)).tobytes(): row for path in paths}
+    rows = np.stack(list(distinct.values()))
+    rows.flags.writeable = False
+    return rows[:, : pp * vpp], rows[:, pp * vpp : -1], rows[:, -1]
+
+
+@lru_cache(maxsize=4096)
+def held_microbatches(
+    kind: Pipeline | str,
+    pp: int,
+    vpp: int,
+    num_microbatches: int,
+    microbatch_group_size: int = 0,
+) -> tuple[Ints, ...]:
+    """Return, per pipeline rank, what is held at once: micro-batches per chunk [K, vpp].
+
+    A micro-batch of a chunk is held from its F until its B, or its W where the backward is split.
+    The K rows are the combinations that no other exceeds in every chunk; whatever a micro-batch of
+    a chunk weighs, the peak is at one of them. 1F1B holds min(m, pp - r).
+
+    Raises ``LayoutError`` when the schedule does not exist for these numbers.
+    """
+    check_numbers(pp, vpp, num_microbatches, microbatch_group_size)
+    module = schedule_module(kind)
+    enough = module.enough_microbatches(pp, vpp, num_microbatches, microbatch_group_size)
+    schedule = build_schedule(kind, pp, vpp, enough, microbatch_group_size)
+    frees = "W" if module.SPLITS_BACKWARD else "B"
+    distinct = {id(actions): actions for actions in schedule.ranks}
+    held = {key: _held(actions, vpp, frees) for key, actions in distinct.items()}
+    return tuple(held[id(actions)] for actions in schedule.ranks)
+
+
+def _held(actions: tuple[Action, ...], vpp: int, frees: str) -> Ints:
+    change = np.array([(a.kind == "F") - (a.kind == frees) for a in actions])
+    chunk = np.array([a.chunk for a in actions])
+    held = np.cumsum(change[:, None] * (chunk[:, None] == np.arange(vpp)), axis=0)
+    held = np.unique(held[change > 0], axis=0)
+    exceeded = (held[:, None] <= held).all(axis=2).sum(axis=1) > 1
+    held = held[~exceeded]
+    held.flags.writeable = False
+    return held

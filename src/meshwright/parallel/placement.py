@@ -49,7 +49,7 @@ def stage_ranks(pp: int, vpp: int, v_shape: bool = False) -> tuple[int, ...]:
 def place_layers(
     num_layers: int,
     pp: int,
-    vpp: int = 1,
+    vpp: int | None = 1,
     first: int | None = None,
     last: int | None = None,
     account_for_embedding: bool = False,
@@ -66,7 +66,7 @@ def place_layers(
     Raises ``LayoutError`` where Megatron-LM refuses the placement.
     """
     num_layers = whole_number("num_layers", num_layers)
-    pp = whole_number("layout.pp", pp)
+    pp, vpp = whole_number("layout.pp", pp), 1 if vpp is None else vpp
     if layout is not None:
         written("layout.pipeline_layout", layout)
     for name, value in (("first", first), ("last", last)):

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from meshwright.errors import LayoutError
-from meshwright.parallel.pipeline import Schedule, actions_of, one_forward_one_backward
+from meshwright.parallel.actions import (
+    Path,
+    Schedule,
+    actions_of,
+    one_forward_one_backward,
+    own_work_paths,
+)
 
 ALIASES = ("interleaved_1f1b", "interleaved1f1b", "scheduleinterleaved1f1b")
+SPLITS_BACKWARD = False
 
 
 def build(pp: int, vpp: int, num_microbatches: int, microbatch_group_size: int = 0) -> Schedule:
@@ -46,3 +53,16 @@ def _check(pp: int, vpp: int, m: int, group: int) -> None:
         low, high = m // group * group, (m // group + 1) * group
         rule = f"Over groups of {group} it must leave 0, or at least pp = {pp}, micro-batches."
         raise LayoutError("num_microbatches", m, rule, f"Use {low} or {high}.")
+
+
+def enough_microbatches(
+    pp: int, vpp: int, num_microbatches: int, microbatch_group_size: int = 0
+) -> int:
+    """Return four groups and what the last one has: later groups repeat the fourth."""
+    group = microbatch_group_size or pp
+    return min(num_microbatches, 4 * group + num_microbatches % group)
+
+
+def critical_paths(pp: int, vpp: int, num_microbatches: int) -> list[Path]:
+    """Return the chain of every rank's own work."""
+    return own_work_paths(pp, vpp, num_microbatches)

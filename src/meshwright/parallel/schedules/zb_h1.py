@@ -6,9 +6,17 @@ PyTorch's ``ScheduleInterleavedZeroBubble``, which also runs it on several chunk
 from __future__ import annotations
 
 from meshwright.errors import LayoutError
-from meshwright.parallel.pipeline import Action, Schedule, actions_of, one_forward_one_backward
+from meshwright.parallel.actions import (
+    Action,
+    Path,
+    Schedule,
+    actions_of,
+    one_forward_one_backward,
+    own_work_paths,
+)
 
 ALIASES = ("zbh1", "zb1p", "interleavedzerobubble", "scheduleinterleavedzerobubble")
+SPLITS_BACKWARD = True
 
 
 def build(pp: int, vpp: int, num_microbatches: int, microbatch_group_size: int = 0) -> Schedule:
@@ -60,3 +68,16 @@ def round_size(pp: int, num_microbatches: int) -> int:
         remedy = f"Use {near[0]} or {near[1]}."
         raise LayoutError("num_microbatches", num_microbatches, rule, remedy)
     return num_microbatches // rounds
+
+
+def enough_microbatches(
+    pp: int, vpp: int, num_microbatches: int, microbatch_group_size: int = 0
+) -> int:
+    """Return four rounds: later ones repeat them."""
+    group = round_size(pp, num_microbatches)
+    return min(num_microbatches, 4 * group)
+
+
+def critical_paths(pp: int, vpp: int, num_microbatches: int) -> list[Path]:
+    """Return the chain of every rank's own work."""
+    return own_work_paths(pp, vpp, num_microbatches, split=True)

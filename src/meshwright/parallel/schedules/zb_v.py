@@ -6,9 +6,10 @@ from itertools import count
 from typing import cast
 
 from meshwright.errors import LayoutError
-from meshwright.parallel.pipeline import Action, Kind, Schedule
+from meshwright.parallel.actions import Action, Kind, Path, Schedule, own_work_paths
 
 ALIASES = ("zbv", "zbvzerobubble", "schedulezbvzerobubble")
+SPLITS_BACKWARD = True
 
 
 def build(pp: int, vpp: int, num_microbatches: int, microbatch_group_size: int = 0) -> Schedule:
@@ -45,3 +46,15 @@ def _rank_actions(pp: int, rank: int, num_microbatches: int) -> tuple[Action, ..
     numbers = {step: count() for step in ("F0", "F1", "I0", "I1", "W0", "W1")}
     actions = (Action(cast("Kind", s[0]), int(s[1]), next(numbers[s])) for s in steps)
     return tuple(action for action in actions if action.microbatch < num_microbatches)
+
+
+def enough_microbatches(
+    pp: int, vpp: int, num_microbatches: int, microbatch_group_size: int = 0
+) -> int:
+    """Return at most 2*pp: one more than fill the V."""
+    return min(num_microbatches, 2 * pp)
+
+
+def critical_paths(pp: int, vpp: int, num_microbatches: int) -> list[Path]:
+    """Return the chain of every rank's own work."""
+    return own_work_paths(pp, vpp, num_microbatches, split=True, v_shape=True)
