@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from meshwright.describe.models import load_model, parameters
     from meshwright.errors import MeshwrightError
     from meshwright.findings import Finding
-    from meshwright.parallel.mesh import rank_groups
     from meshwright.parallel.actions import schedule_order
+    from meshwright.parallel.mesh import rank_groups
     from meshwright.parallel.placement import place_layers
 
 __version__ = "0.1.0"
