@@ -184,9 +184,10 @@ def layout(
     Raises ``LayoutError`` when a degree is below 1 or the world does not hold both meshes.
     """
     degrees = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "mbs": mbs}
-    for name, value in {**degrees, "dp_replicate": dp_replicate, "dp": dp, "gpus": gpus}.items():
-        if value is not None:
-            whole_number(f"layout.{name}", value)
+    derived = {"dp": dp, "gpus": gpus}
+    stated = {name: value for name, value in derived.items() if value is not None}
+    for name, value in {**degrees, "dp_replicate": dp_replicate, **stated}.items():
+        whole_number(f"layout.{name}", value)
     if dp is None:
         unit = tp * cp * pp
         dp = (gpus or minimum_world_size(tp, cp, pp, ep, etp)) // unit
