@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from meshwright.describe.blocks import FULL, column_linear, elementwise, row_linear, whole_linear
-from meshwright.describe.facts import Attention, DeltaNet, LatentAttention, Mamba, Mixer
+from meshwright.describe.blocks import (
+    FULL,
+    column_linear,
+    elementwise,
+    norm,
+    row_linear,
+    whole_linear,
+)
+from meshwright.describe.facts import (
+    Attention,
+    CompressedAttention,
+    DeltaNet,
+    LatentAttention,
+    Mamba,
+    Mixer,
+)
 from meshwright.describe.model import Comm, Op, OpKind, Saved
 from meshwright.parallel.layout import Recompute
 
@@ -15,6 +29,8 @@ def mixer_ops(mixer: Mixer, hidden_size: int) -> list[Op]:
             return _attention(mixer, hidden_size)
         case LatentAttention():
             return _latent_attention(mixer, hidden_size)
+        case CompressedAttention():
+            return _compressed_attention(mixer, hidden_size)
         case Mamba():
             return _mamba(mixer, hidden_size)
         case DeltaNet():
@@ -33,11 +49,14 @@ def _core_attention(
 ) -> Op:
     """Return the attention itself; ``drop_qkv`` names what computes Q, K and V again.
 
+    ``v`` 0 means that values are the keys, which are then sent and kept once.
+
     Recomputing it (``core_attn``) still keeps Q, K, V, its inputs, and the output, which the
     projection keeps: with flash attention it frees the log-sum-exp only.
     """
     core = Recompute.core_attn | FULL
     q_k_v = heads * qk + kv_heads * (qk + v)
+    out = heads * (v or qk)
     return Op(
         name="core_attention",
         kind=OpKind.attention,
@@ -47,16 +66,16 @@ def _core_attention(
         num_heads=heads,
         num_kv_heads=kv_heads,
         qk_head_dim=qk,
-        v_head_dim=v,
+        v_head_dim=v or qk,
         window=window,
         saved=(
             Saved(name="q_k_v", elements=q_k_v, where="tp", dropped=drop_qkv),
             Saved(name="softmax_lse", elements=heads, where="tp", dtype="fp32", dropped=core),
-            Saved(name="attention_output", elements=heads * v, where="tp"),
+            Saved(name="attention_output", elements=out, where="tp"),
         ),
         comm=(
             Comm(kind="cp_kv", elements=kv_heads * (qk + v)),
-            Comm(kind="cp_heads", elements=q_k_v + heads * v),
+            Comm(kind="cp_heads", elements=q_k_v + out),
         ),
         rerun=core,
         trained_in_16_bit=True,
@@ -135,11 +154,119 @@ def _latent_attention(a: LatentAttention, h: int) -> list[Op]:
     ops.extend(_up(a, "kv", a.kv_lora_rank, compressed, up))
     rotated = 2 * n * a.qk_head_dim
     ops.append(elementwise("rope", 2 * rotated, backward_moved=2 * rotated, rerun=again))
+    if a.index_topk:
+        ops.append(whole_linear("indexer_k", h, a.index_head_dim))
+        ops.append(norm("indexer_norm", a.index_head_dim, 2 * a.index_head_dim))
+        ops.extend(_indexer(a, h, keys_per_token=1))
     ops.append(
-        _core_attention(heads=n, kv_heads=n, qk=a.qk_head_dim, v=a.v_head_dim, drop_qkv=again)
+        _core_attention(
+            heads=n,
+            kv_heads=n,
+            qk=a.qk_head_dim,
+            v=a.v_head_dim,
+            window=a.index_topk,
+            drop_qkv=again,
+        )
     )
     ops.append(row_linear("proj", n * a.v_head_dim, h))
     return ops
+
+
+def _indexer(
+    a: LatentAttention | CompressedAttention, h: int, *, keys_per_token: float
+) -> list[Op]:
+    """Return the indexer's queries, head weights and scores; every rank runs it whole.
+
+    Scores of ``keys_per_token`` keys a token are priced as attention with narrower heads.
+    """
+    width = a.index_heads * a.index_head_dim
+    queries = Saved(name="indexer_q", elements=width, where="sp")
+    return [
+        whole_linear("indexer_q", a.q_lora_rank or h, width),
+        whole_linear("indexer_weights", h, a.index_heads),
+        Op(
+            name="indexer_scores",
+            kind=OpKind.attention,
+            num_heads=a.index_heads,
+            num_kv_heads=1,
+            qk_head_dim=round(a.index_head_dim * keys_per_token),
+            saved=(queries,),
+            rerun=Recompute.core_attn | FULL,
+        ),
+    ]
+
+
+def _compressed_attention(a: CompressedAttention, h: int) -> list[Op]:
+    """Return DeepSeek-V4's attention: everything but the heads is held and run whole.
+
+    Attended are the window and the picked compressed tokens; those of a layer that takes all
+    (1:128) are few and left out.
+    """
+    again = Recompute.mla_up_proj | FULL
+    q, d = a.num_heads * a.head_dim, a.head_dim
+    hidden = Saved(
+        name="qkv_input",
+        elements=h,
+        where="sp",
+        dtype="matmul",
+        dropped=Recompute.layernorm | FULL,
+    )
+    q_compressed = Saved(name="q_compressed", elements=a.q_lora_rank, where="sp")
+    normed = Saved(
+        name="q_up_input", elements=a.q_lora_rank, where="sp", dtype="matmul", dropped=again
+    )
+    kv = Saved(name="kv_compressed", elements=d, where="sp")
+    ops = [
+        whole_linear("q_down", h, a.q_lora_rank, saved=(hidden, q_compressed)),
+        norm("q_norm", a.q_lora_rank, a.q_lora_rank, rerun=again),
+        column_linear("q_up", a.q_lora_rank, q, saved=(normed,), rerun=again),
+        whole_linear("kv_down", h, d, saved=(kv,)),
+        norm("kv_norm", d, d, rerun=again),
+        elementwise("rope", 2 * (q + d), backward_moved=2 * (q + d), rerun=again),
+    ]
+    if a.compress_ratio:
+        ops += _compressor("compressor", h, d, a.overlap, a.compress_ratio)
+    if a.index_topk:
+        ops += _compressor("indexer_k", h, a.index_head_dim, a.overlap, a.compress_ratio)
+        ops += _indexer(a, h, keys_per_token=1 / a.compress_ratio)
+    ops.append(
+        _core_attention(
+            heads=a.num_heads,
+            kv_heads=1,
+            qk=d,
+            v=0,
+            window=a.window + a.index_topk,
+            sinks=True,
+            drop_qkv=again,
+        )
+    )
+    grouped = Op(
+        name="o_down",
+        kind=OpKind.matmul,
+        params=q * a.o_lora_rank,
+        holder="tp",
+        in_features=q,
+        out_features=a.o_lora_rank,
+        split="in",
+        where="tp",
+    )
+    rank = a.o_groups * a.o_lora_rank
+    inside = Saved(name="o_up_input", elements=rank, where="tp", dtype="matmul")
+    return [*ops, grouped, row_linear("proj", rank, h, saved=(inside,))]
+
+
+def _compressor(name: str, h: int, features: int, overlap: int, ratio: int) -> list[Op]:
+    """Return the gated pooling of ``ratio`` tokens into one: keys, gates, positions, norm."""
+    wide = overlap * features
+    kept = Saved(name=f"{name}_output", elements=2 * wide, where="sp")
+    pool = Op(
+        name=f"{name}_pool",
+        kind=OpKind.elementwise,
+        params=ratio * wide + features,
+        moved_per_token=2 * wide,
+        saved=(kept,),
+    )
+    return [whole_linear(name, h, 2 * wide), pool]
 
 
 def _down(a: LatentAttention, name: str, h: int, out: int, saved: tuple[Saved, ...] = ()) -> Op:
@@ -184,7 +311,16 @@ def _up(a: LatentAttention, name: str, rank: int, compressed: int, out: int) -> 
 
 
 def _recurrence(
-    name: str, *, params: int, conv: Op, flops: float, out: int, state: int, norm_params: int
+    name: str,
+    *,
+    heads: int,
+    key_heads: int,
+    params: int,
+    conv: Op,
+    flops: float,
+    out: int,
+    state: int,
+    norm_params: int,
 ) -> list[Op]:
     """Return convolution, recurrence and gated norm, all divided by heads.
 
@@ -199,6 +335,8 @@ def _recurrence(
             params=params,
             holder="tp",
             where="tp",
+            num_heads=heads,
+            num_kv_heads=key_heads,
             scan_flops_per_token=flops,
             moved_per_token=3 * out,
             saved=(Saved(name=f"{name}_output", elements=out, where="tp"),),
@@ -241,6 +379,8 @@ def _mamba(m: Mamba, h: int) -> list[Op]:
         column_linear("in_proj", h, projected, bias=m.bias, saved=(kept,)),
         *_recurrence(
             "scan",
+            heads=m.num_heads,
+            key_heads=m.num_groups,
             params=3 * m.num_heads,
             conv=_convolution(mixed, m.conv_kernel, m.conv_bias, projected),
             flops=7.0 * inner * m.state_size,
@@ -261,6 +401,8 @@ def _delta_net(d: DeltaNet, h: int) -> list[Op]:
         column_linear("in_proj", h, projected, saved=(kept,)),
         *_recurrence(
             "delta_rule",
+            heads=d.num_value_heads,
+            key_heads=d.num_key_heads,
             params=2 * d.num_value_heads,
             conv=_convolution(mixed, d.conv_kernel, False, projected),
             flops=8.0 * d.num_value_heads * d.key_head_dim * d.value_head_dim,
