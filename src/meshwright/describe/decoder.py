@@ -6,12 +6,14 @@ from meshwright.describe.blocks import (
     FULL,
     embedding_block,
     head_block,
+    hyper_connection,
     norm,
     residual,
     whole_linear,
 )
 from meshwright.describe.facts import (
     Attention,
+    CompressedAttention,
     Decoder,
     DeltaNet,
     FeedForward,
@@ -27,11 +29,14 @@ from meshwright.describe.mixers import mixer_ops
 from meshwright.describe.model import Block, Model, Op, Saved
 from meshwright.parallel.layout import Recompute
 
+Softmax = Attention | LatentAttention | CompressedAttention
+SOFTMAX = (Attention, LatentAttention, CompressedAttention)
+
 
 def build_decoder(facts: Decoder) -> Model:
     """Return the model that the facts describe; equal layers become one kind."""
     kinds = list(dict.fromkeys(facts.layers))
-    attention = _first(facts, (Attention, LatentAttention))
+    attention = next((m for m in facts.mixers() if isinstance(m, SOFTMAX)), None)
     moe = next((f for f in facts.ffns() if isinstance(f, Moe)), None)
     mlp = next((f for f in facts.ffns() if isinstance(f, Mlp)), None)
     mamba = next((m for m in facts.mixers() if isinstance(m, Mamba)), None)
@@ -63,13 +68,7 @@ def build_decoder(facts: Decoder) -> Model:
     )
 
 
-def _first(
-    facts: Decoder, kinds: tuple[type[Attention], type[LatentAttention]]
-) -> Attention | LatentAttention | None:
-    return next((m for m in facts.mixers() if isinstance(m, kinds)), None)
-
-
-def _kv_heads(attention: Attention | LatentAttention | None) -> int:
+def _kv_heads(attention: Softmax | None) -> int:
     match attention:
         case None:
             return 0
@@ -77,16 +76,18 @@ def _kv_heads(attention: Attention | LatentAttention | None) -> int:
             return attention.num_kv_heads
         case LatentAttention():
             return attention.num_heads
+        case CompressedAttention():
+            return 1
 
 
-def _head_dim(attention: Attention | LatentAttention | None) -> int:
+def _head_dim(attention: Softmax | None) -> int:
     match attention:
         case None:
             return 0
-        case Attention():
-            return attention.head_dim
         case LatentAttention():
             return attention.qk_head_dim
+        case Attention() | CompressedAttention():
+            return attention.head_dim
 
 
 def _layer_block(facts: Decoder, layer: Layer) -> Block:
@@ -95,6 +96,7 @@ def _layer_block(facts: Decoder, layer: Layer) -> Block:
         name=_layer_name(layer),
         ops=tuple(_layer_ops(facts, layer)),
         is_moe=isinstance(layer.ffn, Moe),
+        hidden_inputs=facts.residual_streams,
     )
 
 
@@ -118,7 +120,7 @@ def _branch(
     """
     params = facts.norm_weights * facts.hidden_size
     h = facts.hidden_size
-    ops: list[Op] = []
+    ops: list[Op] = hyper_connection(facts, name)
     shares = name == "mlp" and layer.parallel and layer.shared_norm
     if layer.norms != "post" and not shares:
         # Parallel branches read the same tensor, which is kept once.
@@ -133,7 +135,7 @@ def _branch(
 
 def _norm_rerun(what: Mixer | FeedForward) -> Recompute:
     match what:
-        case LatentAttention() | Moe():
+        case LatentAttention() | CompressedAttention() | Moe():
             return Recompute.layernorm | FULL
         case Mlp():
             return Recompute.mlp | FULL
@@ -149,13 +151,14 @@ def _has_output_bias(what: Mixer | FeedForward) -> bool:
             return what.bias
         case Moe():
             return what.shared_bias
-        case DeltaNet():
+        case CompressedAttention() | DeltaNet():
             return False
 
 
 _MIXER_NAMES = {
     Attention: "attention",
     LatentAttention: "latent attention",
+    CompressedAttention: "compressed attention",
     Mamba: "mamba",
     DeltaNet: "delta net",
 }
@@ -163,8 +166,13 @@ _MIXER_NAMES = {
 
 def _layer_name(layer: Layer) -> str:
     parts = [_MIXER_NAMES[type(layer.mixer)]] if layer.mixer is not None else []
-    if isinstance(layer.mixer, Attention) and layer.mixer.window:
-        parts[0] = "window attention"
+    match layer.mixer:
+        case Attention() if layer.mixer.window:
+            parts[0] = "window attention"
+        case CompressedAttention():
+            parts[0] += f" 1:{layer.mixer.compress_ratio}"
+        case _:
+            pass
     if layer.ffn is not None:
         parts.append("experts" if isinstance(layer.ffn, Moe) else "mlp")
     return " + ".join(parts) or "empty"

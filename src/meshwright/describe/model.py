@@ -12,6 +12,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Literal
 
+from meshwright.describe.facts import Decoder
 from meshwright.parallel.layout import Recompute
 
 
@@ -180,6 +181,8 @@ class Model:
     is_mla: bool = False
     mamba_num_heads: int = 0
     mamba_num_groups: int = 0
+    facts: Decoder | None = field(default=None, repr=False, compare=False)
+    """What the model was built from, for those who write it down in a framework's words."""
     assumed: tuple[str, ...] = field(default=(), compare=False)
 
     @property
