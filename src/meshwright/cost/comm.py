@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshwright.cost.columns import Floats
+from meshwright.cost.columns import Floats, distinct_index
 from meshwright.cost.factors import Factors
 from meshwright.describe.cluster import Cluster
-from meshwright.parallel.layout import Ints, Layouts
+from meshwright.parallel.layout import Ints, Layouts, take
 from meshwright.parallel.mesh import dense_mesh, expert_mesh, members_sharing_columns
 
 
@@ -61,41 +61,46 @@ def span(size: Ints, stride: Ints, domain: int) -> Span:
 
 @dataclass(frozen=True)
 class Spans:
-    """The groups of every axis that communicates, row by row.
-
-    ``dp`` is the dense data-parallel group, context parallelism included; ``edp`` the experts'.
-    """
+    """The groups of the axes that communicate inside a stage, row by row."""
 
     tp: Span
     cp: Span
     ep: Span
     etp: Span
-    dp: Span
-    edp: Span
     pp_crosses: Floats
     """1.0 where a pipeline neighbour sits in another domain."""
 
 
 def spans(x: Layouts, cluster: Cluster) -> Spans:
-    """Return the spans of all groups of a table, from the strides of its two meshes.
+    """Return the spans of the groups of a table, from the strides of its two meshes."""
+    first, inverse = distinct_index([x.tp, x.cp, x.dp, x.pp, x.ep, x.etp])
+    some = _spans(take(x, first), cluster.scale_up_domain)
 
-    Where cp and dp are not neighbours in the order, their joint group is taken at the inner stride.
-    """
-    dense, expert = dense_mesh(x), expert_mesh(x)
-    domain = cluster.scale_up_domain
-    axes = {a.name: a for a in (*dense.axes, *expert.axes)}
-    joint_stride = np.where(x.cp > 1, axes["cp"].stride, axes["dp"].stride)
-    pp = axes["pp"]
+    def spread(one: Span) -> Span:
+        return Span(one.size[inverse], one.inside[inverse])
+
     return Spans(
-        tp=span(axes["tp"].size, axes["tp"].stride, domain),
-        cp=span(axes["cp"].size, axes["cp"].stride, domain),
-        ep=span(axes["ep"].size, axes["ep"].stride, domain),
-        etp=span(axes["etp"].size, axes["etp"].stride, domain),
-        dp=span(x.cp * x.dp, joint_stride, domain),
-        edp=span(axes["edp"].size, axes["edp"].stride, domain),
-        pp_crosses=(members_sharing_columns(pp.size, pp.stride, domain) < pp.size).astype(
-            np.float64
-        ),
+        tp=spread(some.tp),
+        cp=spread(some.cp),
+        ep=spread(some.ep),
+        etp=spread(some.etp),
+        pp_crosses=some.pp_crosses[inverse],
+    )
+
+
+def _spans(x: Layouts, domain: int) -> Spans:
+    axes = {a.name: a for a in (*dense_mesh(x).axes, *expert_mesh(x).axes)}
+
+    def of(name: str) -> Span:
+        return span(axes[name].size, axes[name].stride, domain)
+
+    pp = of("pp")
+    return Spans(
+        tp=of("tp"),
+        cp=of("cp"),
+        ep=of("ep"),
+        etp=of("etp"),
+        pp_crosses=(pp.inside < pp.size).astype(np.float64),
     )
 
 

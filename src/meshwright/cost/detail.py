@@ -12,7 +12,6 @@ import numpy as np
 
 from meshwright.cost.blocks import COMPUTE, CP, EP, TP
 from meshwright.cost.compute import supported_dtype
-from meshwright.cost.data_parallel import data_parallel
 from meshwright.cost.factors import Factors
 from meshwright.cost.flops import model_flops_per_step
 from meshwright.cost.stages import stages
@@ -149,10 +148,10 @@ def _time(t: Table, g: Group) -> dict[str, float]:
     with_messages = simulate_group(t, g, t.message_s[g.rows])
     without = simulate_group(t, g, np.zeros_like(t.message_s[g.rows]))
     slowest = int(np.argmax(with_messages.busy_s[0]))
-    both = (p.by_kind_forward + p.by_kind_backward)[g.at[0]]
+    both = (p.by_kind_forward + p.by_kind_backward)[g.slices[0]]
     work = m * np.einsum("k,kc->c", s.own[slowest], both)
-    again = m * float(np.einsum("k,k->", s.own_reruns[slowest], p.reruns[g.at[0]]))
-    dp_s, optimizer_s = beside_pipeline_s(t, g, data_parallel(t.cluster, t.job, t.x, t.factors))
+    again = m * float(np.einsum("k,k->", s.own_reruns[slowest], p.reruns[g.slices[0]]))
+    dp_s, optimizer_s = beside_pipeline_s(t, g)
     compute = float(work[COMPUTE])
     comm = {"tp_comm_s": TP, "cp_comm_s": CP, "ep_comm_s": EP}
     own = compute + again + sum(float(work[c]) for c in comm.values())

@@ -12,6 +12,7 @@ import numpy as np
 
 from meshwright.cost.blocks import Pricing
 from meshwright.cost.columns import Floats
+from meshwright.cost.factors import Factors
 from meshwright.describe.job import Job
 from meshwright.describe.model import Block, Op, OpKind, Saved
 from meshwright.parallel.layout import Layouts, Recompute, Zero
@@ -165,3 +166,14 @@ def working_bytes(op: Op, p: Pricing) -> Floats:
         dims = op.num_heads * (op.qk_head_dim + 2 * op.v_head_dim)
         return tokens * (dims + op.num_kv_heads * op.qk_head_dim) / divisor * 2.0
     return np.zeros_like(tokens)
+
+
+def framework_bytes(x: Layouts, factors: Factors) -> Floats:
+    """Context, libraries and one communicator's buffers per axis larger than 1, [N].
+
+    Ref: none; fitted. Left out: growth of NCCL channels with the number of peers.
+    """
+    groups = np.zeros(len(x.tp))
+    for degree in (x.tp, x.cp, x.pp, x.dp, x.ep):
+        groups += degree > 1
+    return factors.framework_bytes + factors.communicator_bytes * groups

@@ -13,7 +13,7 @@ import numpy as np
 
 from meshwright.cost.columns import Floats
 from meshwright.describe.model import Model
-from meshwright.parallel.layout import Pipeline, Recompute
+from meshwright.parallel.layout import Pipeline
 from meshwright.parallel.pipeline import bound_coefficients, held_microbatches
 from meshwright.parallel.placement import Placement, place
 
@@ -84,6 +84,7 @@ class Stages:
     [Q, K]: ``held`` micro-batches of what is kept, ``held_whole`` of layers that are not recomputed
     under ``full:block``, ``alive`` recomputed layers that are whole while they run backward,
     ``held_params`` and ``present`` of the candidate's rank ``candidate_rank`` [Q].
+    ``dp_ranks`` are the ranks whose data parallelism or update could be the slowest.
     ``bound_*`` [R, K] and ``bound_p2p`` [R]: a lower bound of the pipeline time is the maximum over
     R of forward.f + reruns.r + backward.b + p2p * message.
     """
@@ -100,6 +101,7 @@ class Stages:
     held_params: Floats
     present: Floats
     candidate_rank: tuple[int, ...]
+    dp_ranks: tuple[int, ...]
     bound_forward: Floats
     bound_reruns: Floats
     bound_backward: Floats
@@ -159,12 +161,15 @@ def stages(facts: LayerFacts, key: PipelineKey, every_rank: bool = False) -> Sta
     )
     lines = lines[_maximal(lines)]
     k = facts.num_kinds
+    own, own_reruns = _by_rank(runs, rank, key.pp), _by_rank(reruns, rank, key.pp)
+    # More weights to send and less work to hide behind is never faster.
+    slow = _maximal(np.concatenate([params, -own, -own_reruns], axis=1))
     return Stages(
         placement=placement,
         runs=runs,
         reruns=reruns,
-        own=_by_rank(runs, rank, key.pp),
-        own_reruns=_by_rank(reruns, rank, key.pp),
+        own=own,
+        own_reruns=own_reruns,
         params=params,
         held=held[keep],
         held_whole=held_whole[keep],
@@ -172,6 +177,7 @@ def stages(facts: LayerFacts, key: PipelineKey, every_rank: bool = False) -> Sta
         held_params=params[at][keep],
         present=present[keep],
         candidate_rank=tuple(at[q] for q in keep),
+        dp_ranks=tuple(slow),
         bound_forward=lines[:, :k],
         bound_reruns=lines[:, k : 2 * k],
         bound_backward=lines[:, 2 * k : 3 * k],
@@ -256,15 +262,8 @@ def _by_rank(counts: Floats, rank: np.ndarray, pp: int) -> Floats:
 
 def _maximal(rows: Floats) -> list[int]:
     """Return the rows that no other row exceeds everywhere (the first of equal ones)."""
-    keep: list[int] = []
-    for i, candidate in enumerate(rows):
-        beaten = np.all(rows >= candidate, axis=1)
-        equal = np.all(rows == candidate, axis=1)
-        if not np.any(beaten & ~equal) and not np.any(equal[:i]):
-            keep.append(i)
-    return keep
-
-
-def recompute_key(recompute: int) -> int:
-    """Return 1 for ``full:block``, which recomputes only part of a stage."""
-    return int(bool(recompute & Recompute.block and recompute & Recompute.full))
+    _, first = np.unique(rows, axis=0, return_index=True)
+    first = np.sort(first)
+    some = rows[first]
+    covers = np.all(some[:, None, :] >= some[None, :, :], axis=2)
+    return first[covers.sum(axis=0) == 1].tolist()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.cost.blocks import (
     NUM_KINDS,
@@ -29,7 +30,9 @@ from meshwright.cost.data_parallel import (
 )
 from meshwright.cost.factors import Factors, fitted
 from meshwright.cost.memory import (
+    BytesPerParam,
     block_bytes,
+    framework_bytes,
     grads_bytes_per_param,
     optimizer_bytes_per_param,
     weights_bytes_per_param,
@@ -47,7 +50,7 @@ from meshwright.cost.stages import (
 from meshwright.describe.cluster import Cluster
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
-from meshwright.parallel.layout import Layouts, Pipeline, Recompute, Zero, num_rows, take
+from meshwright.parallel.layout import Layouts, Pipeline, Recompute, Zero, num_rows
 from meshwright.parallel.pipeline import Simulation, build_schedule, simulate
 
 
@@ -75,6 +78,9 @@ class Priced:
     dense_trained: Floats
     expert_trained: Floats
     message_bytes: Floats
+    gathered_bytes: Floats
+    """Whole weights of the two largest layers, which ZeRO-3 has gathered at once, [D]."""
+    is_full: NDArray[np.bool_]
 
 
 def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors) -> Priced:
@@ -106,6 +112,10 @@ def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors
         dense_trained=dense_trained,
         expert_trained=expert_trained,
         message_bytes=part.sp_tokens * model.hidden_size * job.precision.act_bytes,
+        gathered_bytes=2.0
+        * np.max((dense + expert)[:, : len(model.layer_kinds)], axis=1)
+        * job.precision.param_bytes,
+        is_full=(found.rows.recompute & int(Recompute.full)) != 0,
     )
 
 
@@ -118,13 +128,16 @@ def _stack(seconds: list[BlockSeconds]) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows [n] that share a pipeline: their numbers in the table, its matrices, their costs."""
+    """Rows [n] of a table that share a pipeline, and the slices [u] that occur among them.
+
+    ``rows`` are their numbers in the table, ``slices`` rows of ``Priced``, ``slice_of`` [n] which
+    of ``slices`` each row has.
+    """
 
     key: PipelineKey
     rows: Index
-    x: Layouts
-    at: Index
-    """Row of ``Priced`` for each row."""
+    slices: Index
+    slice_of: Index
     stages: Stages
 
 
@@ -135,8 +148,10 @@ def by_pipeline(job: Job, x: Layouts, priced: Priced) -> Iterator[Group]:
     columns = [getattr(x, c) for c in PIPELINE_COLUMNS]
     columns += [num_microbatches, block, x.recompute_num_layers]
     first, group_of = distinct_index(columns)
-    order = np.argsort(group_of, kind="stable")
-    edges = np.searchsorted(group_of[order], np.arange(len(first) + 1))
+    # Small integers sort by radix, many times faster.
+    narrow = group_of.astype(np.uint16 if len(first) < 2**16 else np.int64)
+    order = np.argsort(narrow, kind="stable")
+    edges = np.searchsorted(narrow[order], np.arange(len(first) + 1))
     for g, representative in enumerate(first):
         rows = order[edges[g] : edges[g + 1]]
         shape = {c: int(getattr(x, c)[representative]) for c in PIPELINE_COLUMNS}
@@ -147,18 +162,24 @@ def by_pipeline(job: Job, x: Layouts, priced: Priced) -> Iterator[Group]:
             recompute_num_layers=int(x.recompute_num_layers[representative]),
             pipeline_layout=x.pipeline_layout,
         )
+        occurring, slice_of = distinct_index([priced.inverse[rows]])
         yield Group(
             key=key,
             rows=rows,
-            x=take(x, rows),
-            at=priced.inverse[rows],
+            slices=priced.inverse[rows[occurring]],
+            slice_of=slice_of,
             stages=stages(priced.facts, key),
         )
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of layouts with all that pricing its rows needs."""
+    """A table of layouts with all that pricing its rows needs; columns [N].
+
+    ``message_s`` are the seconds of one message between pipeline neighbours that nothing hides;
+    ``weights``, ``grads``, ``optimizer`` bytes per parameter; ``framework_bytes`` what software
+    holds beside tensors; ``dp`` the data-parallel collectives.
+    """
 
     model: Model
     cluster: Cluster
@@ -167,27 +188,49 @@ class Table:
     factors: Factors
     priced: Priced
     message_s: Floats
-    """Seconds [N] of one activation message between pipeline neighbours that nothing hides."""
+    weights: BytesPerParam
+    grads: BytesPerParam
+    optimizer: BytesPerParam
+    framework_bytes: Floats
+    dp: DataParallel
 
 
 def prepare(
     model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors | None = None
 ) -> Table:
-    """Price the distinct slices of a table, and nothing yet that is row by row."""
+    """Price the distinct slices of a table, and what each row pays per byte and parameter."""
     used = factors or fitted()
-    priced = price(model, cluster, job, x, used)
-    return with_rows(Table(model, cluster, job, x, used, priced, np.zeros(0)), x, priced.inverse)
+    return price_rows(model, cluster, job, x, used, price(model, cluster, job, x, used))
 
 
-def with_rows(table: Table, x: Layouts, inverse: Index) -> Table:
+def with_rows(t: Table, x: Layouts, inverse: Index) -> Table:
     """Return the same pricing for other rows ``x``, whose slices are ``inverse`` of the priced."""
-    priced = replace(table.priced, inverse=inverse)
-    crosses = spans(x, table.cluster).pp_crosses
-    net = network(table.cluster, table.factors)
-    message_s = point_to_point_s(priced.message_bytes[inverse], crosses, net)
-    hidden = table.factors.pp_hidden_fraction * float(table.job.execution.overlap_pp_comm)
-    message_s = message_s * np.where(x.vpp > 1, 1.0 - hidden, 1.0)
-    return replace(table, x=x, priced=priced, message_s=message_s)
+    priced = replace(t.priced, inverse=inverse)
+    return price_rows(t.model, t.cluster, t.job, x, t.factors, priced)
+
+
+def price_rows(
+    model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors, priced: Priced
+) -> Table:
+    """Price what each row pays beside its slice; ``priced.inverse`` says which slice it has."""
+    net = network(cluster, factors)
+    crosses = spans(x, cluster).pp_crosses
+    hidden = factors.pp_hidden_fraction * float(job.execution.overlap_pp_comm)
+    message_s = point_to_point_s(priced.message_bytes[priced.inverse], crosses, net)
+    return Table(
+        model=model,
+        cluster=cluster,
+        job=job,
+        x=x,
+        factors=factors,
+        priced=priced,
+        message_s=message_s * np.where(x.vpp > 1, 1.0 - hidden, 1.0),
+        weights=weights_bytes_per_param(job, x),
+        grads=grads_bytes_per_param(job, x),
+        optimizer=optimizer_bytes_per_param(job, x),
+        framework_bytes=framework_bytes(x, factors),
+        dp=data_parallel(cluster, job, x, factors),
+    )
 
 
 MEMORY_TERMS = (
@@ -208,52 +251,51 @@ def rank_memory(t: Table, g: Group, q: int) -> dict[str, Floats]:
     micro-batches * kept + recomputed layers alive; buffers = gradients alive inside the largest
     block, messages and gathered ZeRO-3 weights. Ref: the docstrings of ``cost.memory``.
     """
-    s, p, at, job = g.stages, t.priced, g.at, t.job
-    dense = np.einsum("nk,k->n", p.dense_params[at], s.held_params[q])
-    expert = np.einsum("nk,k->n", p.expert_params[at], s.held_params[q])
-    dense_trained = np.einsum("nk,k->n", p.dense_trained[at], s.held_params[q])
-    expert_trained = np.einsum("nk,k->n", p.expert_trained[at], s.held_params[q])
-    weights = weights_bytes_per_param(job, g.x)
-    grads = grads_bytes_per_param(job, g.x)
-    optimizer = optimizer_bytes_per_param(job, g.x)
-    is_full = ((g.x.recompute & int(Recompute.full)) != 0).astype(np.float64)
+    s, p, at = g.stages, t.priced, g.slices
+
+    def spread(per_slice: Floats) -> Floats:
+        return per_slice[g.slice_of]
+
+    dense, expert = _held(p.dense_params, g, q), _held(p.expert_params, g, q)
+    dense_trained, expert_trained = _held(p.dense_trained, g, q), _held(p.expert_trained, g, q)
     activations = np.einsum("nk,k->n", p.kept[at], s.held[q])
     activations = activations + np.einsum("nk,k->n", p.whole[at], s.held_whole[q])
-    activations = activations + is_full * np.einsum("nk,k->n", p.whole[at], s.alive[q])
+    alive = np.einsum("nk,k->n", p.whole[at], s.alive[q])
+    activations = activations + np.where(p.is_full[at], alive, 0.0)
     logits = np.einsum("nk,k->n", p.logits[at], s.held[q])
-    buffers = np.max(p.working[at] * s.present[q], axis=1) + _gathered_bytes(t, g)
+    buffers = np.max(p.working[at] * s.present[q], axis=1)
     buffers = buffers + 2.0 * p.message_bytes[at] * float(g.key.pp > 1)
-    slack = t.factors.fragmentation_fraction
-    groups = np.zeros(len(at))
-    for degree in (g.x.tp, g.x.cp, g.x.pp, g.x.dp, g.x.ep):
-        groups += degree > 1
+    gathered = np.where(
+        t.x.zero[g.rows] == Zero.optim_grads_params, spread(p.gathered_bytes[at]), 0.0
+    )
+    slack = 1.0 + t.factors.fragmentation_fraction
+    rows = g.rows
     return {
-        "weights_bytes": dense * weights.dense + expert * weights.expert,
-        "grads_bytes": dense_trained * grads.dense + expert_trained * grads.expert,
-        "optimizer_bytes": dense_trained * optimizer.dense + expert_trained * optimizer.expert,
-        "activations_bytes": (activations - logits) * (1.0 + slack),
-        "logits_bytes": logits,
-        "buffers_bytes": buffers,
-        "framework_bytes": t.factors.framework_bytes + t.factors.communicator_bytes * groups,
+        "weights_bytes": dense * t.weights.dense[rows] + expert * t.weights.expert[rows],
+        "grads_bytes": dense_trained * t.grads.dense[rows] + expert_trained * t.grads.expert[rows],
+        "optimizer_bytes": dense_trained * t.optimizer.dense[rows]
+        + expert_trained * t.optimizer.expert[rows],
+        "activations_bytes": spread((activations - logits) * slack),
+        "logits_bytes": spread(logits),
+        "buffers_bytes": spread(buffers) + gathered,
+        "framework_bytes": t.framework_bytes[rows],
     }
 
 
-def _gathered_bytes(t: Table, g: Group) -> Floats:
-    """Return the whole weights of the two largest-layer gathers that ZeRO-3 has in flight, [n]."""
-    p, at = t.priced, g.at
-    layers = slice(0, p.facts.num_layer_kinds)
-    largest = np.max((p.dense_params + p.expert_params)[at][:, layers], axis=1)
-    return np.where(g.x.zero == Zero.optim_grads_params, 2.0 * largest, 0.0) * (
-        t.job.precision.param_bytes
-    )
+def _held(per_kind: Floats, g: Group, q: int) -> Floats:
+    """Return the parameters [n] that candidate ``q`` holds."""
+    return np.einsum("nk,k->n", per_kind[g.slices], g.stages.held_params[q])[g.slice_of]
 
 
-def peak_bytes(t: Table, g: Group) -> tuple[Floats, Index]:
-    """Return (peak bytes [n] of the fullest rank, its candidate [n])."""
-    totals = np.stack(
-        [sum(rank_memory(t, g, q).values()) for q in range(len(g.stages.held))], axis=1
-    )
-    return totals.max(axis=1), totals.argmax(axis=1)
+def peak_bytes(t: Table, g: Group) -> Floats:
+    """Return the peak bytes [n] of the fullest rank."""
+    peak = np.zeros(len(g.rows))
+    for q in range(len(g.stages.held)):
+        total = np.zeros(len(g.rows))
+        for term in rank_memory(t, g, q).values():
+            total += term
+        np.maximum(peak, total, out=peak)
+    return peak
 
 
 def pipeline_bound_s(t: Table, g: Group) -> Floats:
@@ -261,23 +303,23 @@ def pipeline_bound_s(t: Table, g: Group) -> Floats:
 
     max over lines of fill + own work + drain; see ``parallel.pipeline.bound_coefficients``.
     """
-    s, p, at = g.stages, t.priced, g.at
+    s, p, at = g.stages, t.priced, g.slices
     work = (
         np.einsum("nk,rk->nr", p.forward[at], s.bound_forward)
         + np.einsum("nk,rk->nr", p.reruns[at], s.bound_reruns)
         + np.einsum("nk,rk->nr", p.backward[at], s.bound_backward)
     )
-    return np.max(work + t.message_s[g.rows][:, None] * s.bound_p2p, axis=1)
-
-
-def pipeline_s(t: Table, g: Group) -> Floats:
-    """Return the simulated time [n] of the pipeline, first forward to last backward."""
-    return simulate_group(t, g, t.message_s[g.rows]).step_s
+    bound = np.zeros(len(g.rows))
+    for line, messages in enumerate(s.bound_p2p):
+        time = work[:, line][g.slice_of] + t.message_s[g.rows] * messages
+        np.maximum(bound, time, out=bound)
+    return bound
 
 
 def simulate_group(t: Table, g: Group, message_s: Floats) -> Simulation:
     """Simulate the schedule of a group for its rows; ``message_s`` [n] delays each message."""
-    s, p, at, key = g.stages, t.priced, g.at, g.key
+    s, p, key = g.stages, t.priced, g.key
+    at = g.slices[g.slice_of]
     schedule = build_schedule(
         Pipeline(key.schedule), key.pp, key.vpp, key.num_microbatches, key.microbatch_group_size
     )
@@ -289,52 +331,60 @@ def simulate_group(t: Table, g: Group, message_s: Floats) -> Simulation:
     return simulate(schedule, forward, backward, message_s, weight)
 
 
-def beside_pipeline_s(t: Table, g: Group, dp: DataParallel) -> tuple[Floats, Floats]:
+def beside_pipeline_s(t: Table, g: Group) -> tuple[Floats, Floats]:
     """Return exposed data-parallel seconds and optimizer seconds [n], each of its slowest rank."""
-    s, p, at = g.stages, t.priced, g.at
-    ranks = np.concatenate([s.params, s.own, s.own_reruns], axis=1)
-    dp_s, opt_s = np.zeros(len(at)), np.zeros(len(at))
-    local = rows_of(dp, g.rows)
-    for r in np.unique(ranks, axis=0, return_index=True)[1]:
-        dense = np.einsum("nk,k->n", p.dense_trained[at], s.params[r])
-        expert = np.einsum("nk,k->n", p.expert_trained[at], s.params[r])
-        forward = np.einsum("nk,k->n", p.forward[at], s.own[r])
-        backward = np.einsum("nk,k->n", p.backward[at], s.own[r])
-        backward = backward + np.einsum("nk,k->n", p.reruns[at], s.own_reruns[r])
-        m = g.key.num_microbatches
-        exposed = dp_comm_s(t.job, t.factors, local, dense, expert, forward, backward, m)
-        dp_s = np.maximum(dp_s, exposed)
+    s, p, at = g.stages, t.priced, g.slices
+    dp_s, opt_s = np.zeros(len(g.rows)), np.zeros(len(g.rows))
+    local = rows_of(t.dp, g.rows)
+
+    def of_rank(per_kind: Floats, counts: Floats) -> Floats:
+        return np.einsum("nk,k->n", per_kind[at], counts)
+
+    for r in s.dp_ranks:
+        dense = of_rank(p.dense_trained, s.params[r])[g.slice_of]
+        expert = of_rank(p.expert_trained, s.params[r])[g.slice_of]
+        forward = of_rank(p.forward, s.own[r])
+        backward = of_rank(p.backward, s.own[r]) + of_rank(p.reruns, s.own_reruns[r])
+        exposed = dp_comm_s(
+            t.job,
+            t.factors,
+            local,
+            dense,
+            expert,
+            forward[g.slice_of],
+            backward[g.slice_of],
+            g.key.num_microbatches,
+        )
+        np.maximum(dp_s, exposed, out=dp_s)
         update = optimizer_s(t.job, t.cluster, t.factors, local, dense, expert)
-        opt_s = np.maximum(opt_s, update)
+        np.maximum(opt_s, update, out=opt_s)
     return dp_s, opt_s
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Columns [N]: peak bytes of the fullest rank, a lower bound of the step, what adds to it."""
+    """Columns [N]: peak bytes of the fullest rank, a lower bound of the step's seconds."""
 
     peak_bytes: Floats
     bound_s: Floats
-    beside_s: Floats
 
 
 def bounds(t: Table) -> Bounds:
     """Return memory and a lower bound of the step time of every row."""
     n = num_rows(t.x)
-    peak, bound, beside = np.zeros(n), np.zeros(n), np.zeros(n)
-    dp = data_parallel(t.cluster, t.job, t.x, t.factors)
+    peak, bound = np.zeros(n), np.zeros(n)
     for g in by_pipeline(t.job, t.x, t.priced):
-        peak[g.rows] = peak_bytes(t, g)[0]
-        beside[g.rows] = sum(beside_pipeline_s(t, g, dp))
-        bound[g.rows] = pipeline_bound_s(t, g) + beside[g.rows]
-    return Bounds(peak, bound, beside)
+        peak[g.rows] = peak_bytes(t, g)
+        dp_s, optimizer = beside_pipeline_s(t, g)
+        bound[g.rows] = pipeline_bound_s(t, g) + (dp_s + optimizer)
+    return Bounds(peak, bound)
 
 
 def simulated_step_s(t: Table) -> Floats:
     """Return the step time [N] of every row, its pipeline simulated."""
-    n = num_rows(t.x)
-    out = np.zeros(n)
-    dp = data_parallel(t.cluster, t.job, t.x, t.factors)
+    out = np.zeros(num_rows(t.x))
     for g in by_pipeline(t.job, t.x, t.priced):
-        out[g.rows] = pipeline_s(t, g) + sum(beside_pipeline_s(t, g, dp))
+        dp_s, optimizer = beside_pipeline_s(t, g)
+        pipeline = simulate_group(t, g, t.message_s[g.rows]).step_s
+        out[g.rows] = pipeline + (dp_s + optimizer)
     return out
