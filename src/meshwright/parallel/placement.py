@@ -150,8 +150,7 @@ def place(
     accounted = account_for_embedding or account_for_loss
     v_shape = schedule == Pipeline.zb_v
     _check_shape(pp, vpp, v_shape, uneven)
-    stages = pp * vpp
-    mtp_layers = (*(0,) * (stages - 1), mtp)
+    mtp_layers: tuple[int, ...] | None = None
     if pipeline_layout is not None:
         if uneven or accounted:
             raise LayoutError(
@@ -171,10 +170,11 @@ def place(
         counts = _uneven(num_layers, pp, vpp, first, last)
     else:
         counts = _even(num_layers, pp, vpp, account_for_embedding, account_for_loss)
+    stages = pp * vpp
     starts = accumulate(counts, initial=0)
     return Placement(
         layers=tuple(tuple(range(a, b)) for a, b in pairwise(starts)),
-        mtp_layers=mtp_layers,
+        mtp_layers=mtp_layers or (*(0,) * (stages - 1), mtp),
         embedding_stage=0,
         loss_stage=stages - 1,
         rank_of_stage=stage_ranks(pp, vpp, v_shape),
