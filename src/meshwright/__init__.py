@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from meshwright.describe.models import load_model, parameters
     from meshwright.errors import MeshwrightError
     from meshwright.findings import Finding
+    from meshwright.frameworks import check_launch
     from meshwright.parallel.actions import schedule_order
     from meshwright.parallel.mesh import rank_groups
     from meshwright.parallel.placement import place_layers
@@ -20,6 +21,7 @@ _HOMES: dict[str, str] = {
     "Finding": "meshwright.findings",
     "MeshwrightError": "meshwright.errors",
     "Model": "meshwright.describe.model",
+    "check_launch": "meshwright.frameworks",
     "load_model": "meshwright.describe.models",
     "parameters": "meshwright.describe.models",
     "place_layers": "meshwright.parallel.placement",
@@ -34,6 +36,7 @@ __all__ = [
     "MeshwrightError",
     "Model",
     "__version__",
+    "check_launch",
     "load_model",
     "parameters",
     "place_layers",

@@ -1,0 +1,271 @@
+"""Megatron-LM's command line: every argument, its type, choices and default.
+
+``arguments.csv`` holds one row an argument: facts of the software as of August 2026. Parsing is
+argparse's own, as in Megatron-LM, with abbreviations off and no argument required.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, NoReturn
+
+from meshwright.errors import did_you_mean
+
+Action = Literal["store", "on", "off", "on_off"]
+
+MOST_LAYERS = 100_000
+"""Layer patterns longer than this are not unrolled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    """One argument: ``name`` is the attribute it fills, ``flags`` its spellings.
+
+    ``action``: ``store`` takes a value of ``type`` (several when ``nargs`` is ``+``, ``*`` or a
+    number); ``on`` and ``off`` are switches that set true and false; ``on_off`` has both forms.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    action: Action
+    type: str
+    nargs: str
+    choices: tuple[str, ...]
+    default: Any
+
+
+class UnusableArgument(ValueError):
+    """What argparse refused: ``flag``, ``value``, the ``rule`` and the ``remedy``."""
+
+    def __init__(self, flag: str, value: object, rule: str, remedy: str) -> None:
+        super().__init__(rule)
+        self.flag, self.value, self.rule, self.remedy = flag, value, rule, remedy
+
+
+@cache
+def arguments() -> dict[str, Argument]:
+    """Return every argument by each of its flags."""
+    text = (
+        files("meshwright.frameworks.megatron_lm")
+        .joinpath("arguments.csv")
+        .read_text(encoding="ascii")
+    )
+    table: dict[str, Argument] = {}
+    for row in csv.DictReader(text.splitlines()):
+        argument = Argument(
+            name=row["name"],
+            flags=tuple(row["flags"].split()),
+            action=_ACTIONS[row["action"]],
+            type=row["type"],
+            nargs=row["nargs"],
+            choices=tuple(row["choices"].split()),
+            default=json.loads(row["default"]),
+        )
+        table.update(dict.fromkeys(argument.flags, argument))
+    return table
+
+
+@cache
+def by_name() -> dict[str, Argument]:
+    """Return every argument by the name of the attribute it fills."""
+    found: dict[str, Argument] = {}
+    for argument in arguments().values():
+        found.setdefault(argument.name, argument)
+    return found
+
+
+def defaults() -> dict[str, Any]:
+    """Return every setting at its default; lists are fresh."""
+    values, lists = _defaults()
+    return values | {name: list(values[name]) for name in lists}
+
+
+@cache
+def _defaults() -> tuple[dict[str, Any], tuple[str, ...]]:
+    values = {a.name: a.default for a in by_name().values()}
+    return values, tuple(n for n, v in values.items() if isinstance(v, list))
+
+
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that ``argv`` gives, by name; defaults are not filled in.
+
+    Raises ``UnusableArgument`` where argparse would refuse the command line.
+    """
+    parser = _parser()
+    try:
+        values, unknown = parser.parse_known_args(list(argv))
+    except ValueError as error:
+        if isinstance(error, UnusableArgument):
+            raise
+        raise UnusableArgument("", list(argv), f"{error}", "Check the values.") from None
+    if unknown:
+        first = unknown[0].partition("=")[0]
+        remedy = did_you_mean(first, arguments()) if first.startswith("-") else "Leave it out."
+        raise UnusableArgument(first, unknown[0], f"There is no argument {first}.", remedy)
+    return vars(values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        flag, _, reason = message.removeprefix("argument ").partition(": ")
+        if not message.startswith("argument "):
+            flag, reason = "", message
+        known = arguments().get(flag.split("/")[0])
+        remedy = "Give the value that the argument takes."
+        if known is not None and known.choices:
+            remedy = "Choose from " + ", ".join(known.choices) + "."
+        elif known is not None and known.type:
+            remedy = f"Give {_KINDS.get(known.type, 'a value')}."
+        rule = f"{flag}: {reason}." if flag else f"{reason}."
+        raise UnusableArgument(flag.split("/")[0], reason, rule, remedy)
+
+
+@cache
+def _parser() -> _Parser:
+    parser = _Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    for argument in {a.flags: a for a in arguments().values()}.values():
+        options: dict[str, Any] = {"dest": argument.name}
+        if argument.action == "on":
+            options["action"] = "store_true"
+        elif argument.action == "off":
+            options["action"] = "store_false"
+        elif argument.action == "on_off":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = _READERS[argument.type]
+            options["choices"] = _typed_choices(argument)
+            if argument.nargs:
+                nargs = argument.nargs
+                options["nargs"] = int(nargs) if nargs.isdigit() else nargs
+        flags = argument.flags[:1] if argument.action == "on_off" else argument.flags
+        parser.add_argument(*flags, default=argparse.SUPPRESS, **options)
+    return parser
+
+
+def _typed_choices(argument: Argument) -> list[Any] | None:
+    return [_READERS[argument.type](c) for c in argument.choices] or None
+
+
+def pattern(text: str) -> int | list[int]:
+    """Read how often something repeats: ``2``, or a list like ``([0]*1+[1]*31)``.
+
+    Lists of whole numbers, ``+``, ``*`` by a number, and brackets; nothing else.
+    """
+    if "[" not in text:
+        return _whole_number(text)
+    tokens = re.findall(r"\d+|[][()+*,]", text)
+    if "".join(tokens) != text.replace(" ", "") or " " in text:
+        raise ValueError(f"{text!r} is not a layer pattern")
+    value, end = _sum(tokens, 0)
+    if end != len(tokens) or not isinstance(value, list):
+        raise ValueError(f"{text!r} is not a layer pattern")
+    return value
+
+
+Part = int | list[int]
+
+
+def _sum(tokens: list[str], at: int) -> tuple[Part, int]:
+    value, at = _product(tokens, at)
+    while at < len(tokens) and tokens[at] == "+":
+        right, at = _product(tokens, at + 1)
+        value = _bounded(_added(value, right))
+    return value, at
+
+
+def _added(left: Part, right: Part) -> Part:
+    if isinstance(left, list) and isinstance(right, list):
+        return left + right
+    if isinstance(left, int) and isinstance(right, int):
+        return left + right
+    raise ValueError("a list and a number cannot be added")
+
+
+def _product(tokens: list[str], at: int) -> tuple[Part, int]:
+    value, at = _atom(tokens, at)
+    while at < len(tokens) and tokens[at] == "*":
+        right, at = _atom(tokens, at + 1)
+        value = _bounded(_multiplied(value, right))
+    return value, at
+
+
+def _multiplied(left: Part, right: Part) -> Part:
+    if isinstance(left, int) and isinstance(right, int):
+        return left * right
+    if isinstance(left, list) and isinstance(right, list):
+        raise ValueError("a list is repeated by a number")
+    items, count = (left, right) if isinstance(left, list) else (right, left)
+    if not isinstance(items, list) or not isinstance(count, int):
+        raise ValueError("a list is repeated by a number")
+    if count * len(items) > MOST_LAYERS:
+        raise ValueError(f"more than {MOST_LAYERS} layers")
+    return items * count
+
+
+def _atom(tokens: list[str], at: int) -> tuple[Part, int]:
+    token = tokens[at] if at < len(tokens) else ""
+    if token.isdigit():
+        return _whole_number(token), at + 1
+    if token == "(":
+        value, at = _sum(tokens, at + 1)
+        if at >= len(tokens) or tokens[at] != ")":
+            raise ValueError("a bracket is not closed")
+        return value, at + 1
+    if token != "[":
+        raise ValueError("a number or a list is missing")
+    items: list[int] = []
+    at += 1
+    while at < len(tokens) and tokens[at] != "]":
+        value, at = _sum(tokens, at)
+        if isinstance(value, list):
+            raise ValueError("a list holds numbers")
+        items.append(value)
+        if at < len(tokens) and tokens[at] == ",":
+            at += 1
+    if at >= len(tokens):
+        raise ValueError("a bracket is not closed")
+    return items, at + 1
+
+
+def _bounded(value: Part) -> Part:
+    if isinstance(value, list) and len(value) > MOST_LAYERS:
+        raise ValueError(f"more than {MOST_LAYERS} layers")
+    if isinstance(value, int) and value >= 2**63:
+        raise ValueError("too large for a 64-bit integer")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    number = int(text)
+    if abs(number) >= 2**63:
+        raise ValueError("too large for a 64-bit integer")
+    return number
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(_whole_number(i) for i in text.strip("()").split(","))
+
+
+_ACTIONS: dict[str, Action] = {"store": "store", "on": "on", "off": "off", "on_off": "on_off"}
+_READERS: dict[str, Callable[[str], Any]] = {
+    "int": _whole_number,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "ints": _ints,
+    "pattern": pattern,
+}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "ints": "whole numbers joined by commas",
+    "pattern": "a whole number or a list such as ([0]*1+[1]*31)",
+}

@@ -1,0 +1,381 @@
+"""The rule engine: what a launch must satisfy, in the order in which the software asks.
+
+A rule is one entry: ``error``, ``warning`` or ``note`` with an id, the place where the software
+asks it (``stage:line`` of the August 2026 snapshot, which is also the order), the setting it is
+about, a test that returns what is broken, the rule and the remedy. ``change`` is a silent repair of
+the software, ``derive`` a value it fills in.
+
+Texts are templates: ``{name}`` is a setting or a fact that the test returned in a dict, and
+``{write[name=value]}`` is how this framework spells that setting.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+
+from meshwright.errors import LaunchError, nearest_divisors
+from meshwright.findings import Finding, Severity
+
+STAGES = (
+    "argparse",
+    "validate_args",
+    "num_microbatches",
+    "transformer_config",
+    "ddp_config",
+    "optimizer_config",
+    "parallel_state",
+    "layer_placement",
+    "schedule",
+    "layer_spec",
+    "sp_shape",
+    "moe_dispatcher",
+    "moe_forward",
+    "module_build",
+    "fsdp_wrap",
+)
+"""What happens to a launch, in order; each stage asks its own rules."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What is known of the machine: environment variables, Transformer Engine, GPU generation."""
+
+    env: Mapping[str, str]
+    te_version: tuple[int, ...]
+    """Of Transformer Engine; empty when it is absent."""
+    device_capability: tuple[int, ...]
+
+    def te_at_least(self, *version: int) -> bool:
+        """Say whether Transformer Engine is installed and not older than ``version``."""
+        return self.te_version >= version
+
+
+def site_of(env: Mapping[str, object] | None) -> Site:
+    """Return the site that ``env`` describes.
+
+    Keys are environment variables, and ``site.te_version`` ("2.14.0", None: absent) and
+    ``site.device_capability`` ([9, 0]); not given: 2.14.0 on a Hopper GPU.
+
+    Raises ``LaunchError`` when one of the two is unreadable.
+    """
+    given = dict(env or {})
+    te = given.pop("site.te_version", "2.14.0")
+    device = given.pop("site.device_capability", (9, 0))
+    version: tuple[int, ...] = ()
+    if te is not None:
+        numbers = re.match(r"\d{1,6}(\.\d{1,6})*", te) if isinstance(te, str) else None
+        if numbers is None:
+            raise LaunchError("site.te_version", te, "It is a version, or None.", 'Write "2.14.0".')
+        version = tuple(map(int, numbers.group().split(".")))
+    capability = _whole_numbers(device)
+    if not capability:
+        rule = "It is the major and the minor number of the compute capability."
+        raise LaunchError("site.device_capability", device, rule, "Write [9, 0].")
+    known = {str(k): str(v) for k, v in given.items() if v is not None}
+    return Site(env=known, te_version=version, device_capability=capability)
+
+
+def _whole_numbers(value: object) -> tuple[int, ...]:
+    return tuple(i for i in value if isinstance(i, int)) if is_list(value) else ()
+
+
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    """Say whether ``value`` holds several values."""
+    return isinstance(value, list | tuple)
+
+
+class Settings:
+    """The settings of one launch by name, as the software sees them at that moment."""
+
+    def __init__(self, values: Mapping[str, Any], *, site: Site, world_size: int) -> None:
+        self.__dict__.update(values)
+        self.site = site
+        self.world_size = world_size
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Any setting, by its name."""
+
+    @property
+    def tp(self) -> int:
+        """Tensor parallel size."""
+        return self.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        """Pipeline parallel size."""
+        return self.pipeline_model_parallel_size
+
+    @property
+    def cp(self) -> int:
+        """Context parallel size."""
+        return self.context_parallel_size
+
+    @property
+    def ep(self) -> int:
+        """Expert parallel size."""
+        return self.expert_model_parallel_size
+
+    @property
+    def etp(self) -> int:
+        """Expert tensor parallel size."""
+        return self.expert_tensor_parallel_size
+
+    @property
+    def vpp(self) -> int | None:
+        """Virtual pipeline stages a rank; None without interleaving."""
+        return self.virtual_pipeline_model_parallel_size
+
+    @property
+    def dp(self) -> int:
+        """Data parallel size."""
+        return self.data_parallel_size
+
+    @property
+    def gtp(self) -> int:
+        """Ranks that share the weights of one tensor parallel rank."""
+        return self.gtp_weight_remat_size
+
+    @property
+    def counted_layers(self) -> int:
+        """Layers, with embedding and loss when they count as one each."""
+        counted = bool(self.account_for_embedding_in_pipeline_split)
+        return self.num_layers + counted + bool(self.account_for_loss_in_pipeline_split)
+
+
+class Spelling(Protocol):
+    """How a framework writes a setting."""
+
+    def name(self, setting: str) -> str:
+        """Return the name that a user gives, for a finding's ``field``."""
+        ...
+
+    def write(self, setting: str, value: str | None) -> str:
+        """Return the setting as a user writes it, with ``value`` or alone."""
+        ...
+
+
+Test = Callable[[Settings], object]
+"""Returns something true when the rule is broken; a dict gives facts to the texts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One rule, silent change or derived value. ``final`` rules end the examination."""
+
+    id: str
+    order: tuple[int, float]
+    field: str
+    severity: Severity | None
+    test: Test
+    rule: str = ""
+    remedy: str = ""
+    final: bool = False
+    changes: bool = False
+    repeats: tuple[str, ...] = ()
+
+
+def _order(at: str) -> tuple[int, float]:
+    stage, _, line = at.partition(":")
+    return STAGES.index(stage), float(line)
+
+
+def error(
+    id: str,
+    at: str,
+    field: str,
+    test: Test,
+    rule: str,
+    remedy: str = "",
+    *,
+    final: bool = False,
+    repeats: tuple[str, ...] = (),
+) -> Rule:
+    """Return a rule whose breach stops the launch.
+
+    ``final``: nothing can be said after it. ``repeats``: ids of rules that say the same earlier.
+    """
+    return Rule(
+        id=id,
+        order=_order(at),
+        field=field,
+        severity="error",
+        test=test,
+        rule=rule,
+        remedy=remedy,
+        final=final,
+        repeats=repeats,
+    )
+
+
+def warning(id: str, at: str, field: str, test: Test, rule: str, remedy: str = "") -> Rule:
+    """Return a rule whose breach lets the launch pass, at a price."""
+    return Rule(
+        id=id,
+        order=_order(at),
+        field=field,
+        severity="warning",
+        test=test,
+        rule=rule,
+        remedy=remedy,
+    )
+
+
+def change(
+    id: str,
+    at: str,
+    field: str,
+    test: Test,
+    rule: str,
+    remedy: str = "",
+    *,
+    severity: Severity = "warning",
+) -> Rule:
+    """Return a silent change: ``test`` returns the settings that the software overwrites."""
+    return Rule(
+        id=id,
+        order=_order(at),
+        field=field,
+        severity=severity,
+        test=test,
+        rule=rule,
+        remedy=remedy,
+        changes=True,
+    )
+
+
+def derive(at: str, test: Test) -> Rule:
+    """Return a value that the software fills in: ``test`` returns the settings it sets."""
+    return Rule(id="", order=_order(at), field="", severity=None, test=test, changes=True)
+
+
+@dataclass(kw_only=True)
+class Examination:
+    """What the rules found: the findings, errors first, and every setting that changed."""
+
+    findings: list[Finding] = field(default_factory=list[Finding])
+    changes: dict[str, tuple[object, object]] = field(
+        default_factory=dict[str, tuple[object, object]]
+    )
+    sources: dict[str, str] = field(default_factory=dict[str, str])
+    """Setting -> the id of the rule that changed it, or ``derived``."""
+
+
+def in_order(*tables: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Return the rules of all tables in the order in which the software asks them."""
+    return tuple(sorted((r for table in tables for r in table), key=lambda r: r.order))
+
+
+def examine(rules: Iterable[Rule], settings: Settings, spelling: Spelling) -> Examination:
+    """Ask every rule in turn, applying the software's own changes on the way.
+
+    Findings are errors in the software's order, so the first is the one it would stop at, then
+    warnings, then notes.
+    """
+    seen = Examination()
+    broken: set[str] = set()
+    for rule in rules:
+        outcome = rule.test(settings)
+        if not outcome:
+            continue
+        if rule.changes:
+            _apply(rule, outcome, settings, spelling, seen)
+            continue
+        if broken.intersection(rule.repeats):
+            continue
+        broken.add(rule.id)
+        seen.findings.append(_finding(rule, outcome, settings, spelling))
+        if rule.final:
+            break
+    rank = {"error": 0, "warning": 1, "note": 2}
+    seen.findings.sort(key=lambda f: rank[f.severity])
+    return seen
+
+
+def _apply(
+    rule: Rule, outcome: Any, settings: Settings, spelling: Spelling, seen: Examination
+) -> None:
+    values = settings.__dict__
+    new = {k: v for k, v in outcome.items() if k not in values or values[k] != v}
+    if not new:
+        return
+    for name, value in new.items():
+        before = seen.changes[name][0] if name in seen.changes else values.get(name)
+        seen.changes[name] = (before, value)
+        seen.sources[name] = rule.id or "derived"
+    if rule.severity is not None:
+        seen.findings.append(_finding(rule, new, settings, spelling))
+    values.update(new)
+
+
+def _finding(rule: Rule, outcome: object, settings: Settings, spelling: Spelling) -> Finding:
+    facts: dict[str, Any] = {}
+    if isinstance(outcome, Mapping):
+        facts.update(outcome)  # pyright: ignore[reportUnknownArgumentType]
+    name = str(facts.get("field", rule.field))
+    shown = spelling.name(name)
+    value: object = settings.__dict__.get(name)
+    texts = _Texts(settings, facts, spelling)
+    text = rule.rule.format_map(texts)
+    remedy = rule.remedy.format_map(texts)
+    message = f"{shown}: {text} {remedy}".rstrip()
+    return Finding(
+        id=rule.id,
+        severity=rule.severity or "note",
+        field=shown,
+        value=value,
+        rule=text,
+        remedy=remedy,
+        message=message,
+    )
+
+
+class _Texts(dict[str, Any]):
+    """What a text template can name: facts first, then settings, then how to write a setting."""
+
+    def __init__(self, settings: Settings, facts: Mapping[str, object], spelling: Spelling) -> None:
+        super().__init__(facts)
+        self._settings = settings
+        self._spelling = spelling
+
+    def __missing__(self, key: str) -> Any:
+        if key == "write":
+            return _Writer(self._spelling)
+        return getattr(self._settings, key)
+
+
+class _Writer:
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling = spelling
+
+    def __getitem__(self, wanted: str) -> str:
+        setting, sign, value = wanted.partition("=")
+        return self._spelling.write(setting, value if sign else None)
+
+
+def multiples_near(value: int, unit: int) -> str:
+    """Return the positive multiples of ``unit`` around ``value``, as text."""
+    below, above = value // unit * unit, (value // unit + 1) * unit
+    return f"{below} or {above}" if below > 0 else f"{above}"
+
+
+def indivisible(value: int, *units: int) -> bool:
+    """Say whether ``value`` is no multiple of the product of ``units``, or that is 0."""
+    product = 1
+    for unit in units:
+        product *= unit
+    return product == 0 or value % product != 0
+
+
+def divisors_near(number: int, wanted: int) -> str:
+    """Return the divisors of ``number`` nearest to ``wanted``, as text."""
+    if not 0 < number <= _MOST_FACTORED:
+        return f"the divisors of {number}"
+    return " or ".join(map(str, nearest_divisors(number, wanted)))
+
+
+_MOST_FACTORED = 10**8
