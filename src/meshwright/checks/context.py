@@ -1,0 +1,129 @@
+"""How the sequence splits: context parallelism, its communication, and sequence parallelism."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from meshwright.checks import Case, Mask, check, divisors, either, nearest
+from meshwright.checks.divisibility import recurrence_heads
+from meshwright.parallel.layout import CpComm, Ints, Layout
+
+
+def _sequences(case: Case, at: Layout[int]) -> Mapping[str, object]:
+    unit = at.cp * math.lcm(2, at.tp) if at.sp and at.tp > 1 else 2 * at.cp
+    low = case.job.seq_len // unit * unit
+    legal = [d for d in divisors(case.job.seq_len) if case.job.seq_len % (2 * d) == 0] or [1]
+    return {
+        "unit": unit,
+        "near": either([n for n in (low, low + unit) if n]),
+        "cp_near": nearest(legal, at.cp),
+        "local": case.job.seq_len / at.cp,
+    }
+
+
+@check("error", field="job.seq_len", id="MLM-ARG-seq_2cp", values=_sequences)
+def sequence_splits_over_cp(case: Case) -> Mask:
+    """Context parallelism gives each rank an early and a late piece, so the sequence must be a
+    multiple of 2*cp = 2*{cp}.
+
+    Pad to {near} tokens (multiples of {unit}), or use cp={cp_near}.
+    """
+    return (case.job.seq_len % (2 * case.x.cp) != 0) & (case.x.cp > 1)
+
+
+@check("error", field="job.seq_len", id="MLM-SP-seq_split", values=_sequences)
+def sequence_splits_over_tp(case: Case) -> Mask:
+    """Sequence parallelism divides the {local} tokens of a rank (seq_len/cp) by tp = {tp}.
+
+    Pad to {near} tokens (multiples of {unit}), or lower tp.
+    """
+    x = case.x
+    return (case.job.seq_len // x.cp % x.tp != 0) & (x.sp == 1) & (x.tp > 1)
+
+
+def a2a_ranks(x: Layout[Ints], cp: Ints) -> Ints:
+    """Return how many ranks of a CP group exchange heads by all-to-all; shape [N].
+
+    ``a2a``: all of them; ``a2a+p2p``: the inner level, by default the most square split.
+    """
+    if x.hierarchical_cp is not None:
+        inner = np.full_like(cp, x.hierarchical_cp[0])
+    else:
+        inner = np.ones_like(cp)
+        for size in range(2, math.isqrt(int(cp.max(initial=1))) + 1):
+            inner = np.where((cp % size == 0) & (size * size <= cp), size, inner)
+    ranks = np.where(x.cp_comm == CpComm.a2a, cp, inner)
+    return np.where((x.cp_comm == CpComm.a2a) | (x.cp_comm == CpComm.a2a_p2p), ranks, 1)
+
+
+def _exchanged(case: Case, at: Layout[int]) -> Mapping[str, object]:
+    heads = max(case.model.num_heads // at.tp, 1)
+    kv_heads = max(case.model.num_kv_heads // at.tp, 1)
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "near": nearest(divisors(math.gcd(heads, kv_heads)), at.cp),
+    }
+
+
+@check("error", field="layout.cp_comm", values=_exchanged)
+def a2a_divides_heads(case: Case) -> Mask:
+    """The all-to-all of context parallelism exchanges tokens for heads, so its ranks must divide
+    the {heads} heads and {kv_heads} key-value heads that tp = {tp} leaves on a rank.
+
+    Use cp={near}, cp_comm=p2p, or cp_comm=a2a+p2p with an inner level of {near}.
+    """
+    x = case.x
+    if not (x.cp_comm >= CpComm.a2a).any():
+        return case.nowhere
+    ranks = a2a_ranks(x, x.cp)
+    heads = np.maximum(case.model.num_heads // x.tp, 1)
+    kv_heads = np.maximum(case.model.num_kv_heads // x.tp, 1)
+    return ((heads % ranks != 0) | (kv_heads % ranks != 0)) & (x.cp > 1)
+
+
+def _levels(case: Case, at: Layout[int]) -> Mapping[str, object]:
+    del case
+    levels = at.hierarchical_cp or ()
+    inner = max(d for d in range(1, math.isqrt(at.cp) + 1) if at.cp % d == 0)
+    return {
+        "product": "*".join(map(str, levels)),
+        "size": math.prod(levels),
+        "near": f"{inner}x{at.cp // inner}",
+    }
+
+
+@check("error", field="layout.hierarchical_cp", id="MLM-ARG-hcp_product", values=_levels)
+def levels_make_cp(case: Case) -> Mask:
+    """The product of the levels, {product} = {size}, must be cp = {cp}.
+
+    Use hierarchical_cp={near}, or leave it out.
+    """
+    if case.x.hierarchical_cp is None:
+        return case.nowhere
+    return case.x.cp != math.prod(case.x.hierarchical_cp)
+
+
+def _mamba(case: Case, at: Layout[int]) -> Mapping[str, object]:
+    heads, groups = recurrence_heads(case.model, "scan")
+    local = max(groups // at.tp, 1)
+    legal = [d for d in divisors(max(heads // at.tp, 1)) if local % d == 0 or d % local == 0]
+    return {"heads": heads, "local": local, "near": nearest(legal, at.cp), "ranks": at.tp * at.cp}
+
+
+@check("error", field="layout.cp", values=_mamba)
+def cp_divides_mamba(case: Case) -> Mask:
+    """Mamba layers exchange tokens for heads over the CP group, so tp*cp = {ranks} must divide the
+    {heads} heads, and cp and the {local} groups of a rank must divide one the other.
+
+    Use cp={near}.
+    """
+    heads, groups = recurrence_heads(case.model, "scan")
+    if not heads:
+        return case.nowhere
+    x = case.x
+    local = np.maximum(groups // x.tp, 1)
+    return ((heads % (x.tp * x.cp) != 0) | ((local % x.cp != 0) & (x.cp % local != 0))) & (x.cp > 1)
