@@ -169,9 +169,10 @@ def _levels(schedule: Schedule, awaits: Ints) -> list[int]:
 def _picture(schedule: Schedule, done: list[int]) -> str:
     lines: list[str] = []
     for rank, (actions, at) in enumerate(zip(schedule.ranks, done, strict=True)):
-        shown = [schedule.name_of(action) for action in actions[max(0, at - 6) : at]]
-        stuck = f" {schedule.name_of(actions[at])} <-- stuck here" if at < len(actions) else ""
-        lines.append(f"rank {rank}: {'... ' if at > 6 else ''}{' '.join(shown)}{stuck}")
+        shown = [schedule.name_of(action) for action in actions[max(0, at - 6) : at + 1]]
+        before = ["..."] if at > 6 else []
+        stuck = ["<-- stuck here"] if at < len(actions) else []
+        lines.append(" ".join([f"rank {rank}:", *before, *shown, *stuck]))
     return "\n".join(lines)
 
 
