@@ -198,20 +198,20 @@ def comm_seconds(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[int, Floats,
     ``beside_s`` [D] is the op's own forward time, which a ring can hide behind.
     """
     if comm.kind in ("enter_tp", "exit_tp", "exit_vocab"):
-        fwd, bwd = _tensor_parallel_s(comm, p)
+        fwd, bwd = tensor_parallel_s(comm, p)
         left = 1.0 - p.factors.tp_hidden_fraction * float(p.job.execution.overlap_tp_comm)
         # Without sequence parallelism the all-reduce has nothing to hide behind.
         left = np.where(p.slice.sp > 0, left, 1.0)
         return TP, fwd * left, bwd * left
     if comm.kind in ("dispatch", "combine"):
-        one_way = _expert_s(comm, p)
+        one_way = expert_parallel_s(comm, p)
         left = 1.0 - p.factors.ep_hidden_fraction * float(p.job.execution.overlap_ep_comm)
         return EP, one_way * left, one_way * left
-    fwd, bwd = _context_parallel_s(comm, beside_s, p)
+    fwd, bwd = context_parallel_s(comm, beside_s, p)
     return CP, fwd, bwd
 
 
-def _tensor_parallel_s(comm: Comm, p: Pricing) -> tuple[Floats, Floats]:
+def tensor_parallel_s(comm: Comm, p: Pricing) -> tuple[Floats, Floats]:
     s = p.slice
     width = p.job.precision.act_bytes
     size = comm.elements * s.tokens * width
@@ -226,7 +226,7 @@ def _tensor_parallel_s(comm: Comm, p: Pricing) -> tuple[Floats, Floats]:
     return np.where(s.sp > 0, gather, reduce), np.where(s.sp > 0, gather, nothing)
 
 
-def _expert_s(comm: Comm, p: Pricing) -> Floats:
+def expert_parallel_s(comm: Comm, p: Pricing) -> Floats:
     s = p.slice
     width = p.job.precision.act_bytes
     local = comm.elements * s.routed_tokens / s.etp * width
@@ -234,7 +234,7 @@ def _expert_s(comm: Comm, p: Pricing) -> Floats:
     return exchange + all_gather_s(local * s.etp, s.spans.etp, p.net)
 
 
-def _context_parallel_s(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[Floats, Floats]:
+def context_parallel_s(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[Floats, Floats]:
     s = p.slice
     local = comm.elements * s.tokens / s.tp * p.job.precision.act_bytes
     hidden = p.factors.cp_hidden_fraction * float(p.job.execution.overlap_cp_comm)
