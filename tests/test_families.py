@@ -38,6 +38,12 @@ LATENT: dict[str, list[Any]] = {
     "first_k_dense_replace": [0, 1, 3],
     "num_key_value_heads": [None],
 }
+INDEXER: dict[str, list[Any]] = {
+    "index_n_heads": [2, 4],
+    "index_head_dim": [16, 32],
+    "index_topk": [8],
+    "q_lora_rank": [24, 40],
+}
 QWEN_MOE: dict[str, list[Any]] = {
     **EXPERTS,
     "num_experts": [4, 8],
@@ -65,6 +71,22 @@ OWN: dict[str, dict[str, list[Any]]] = {
     "cohere": {"use_qk_norm": [True, False], "tie_word_embeddings": [True]},
     "deepseek_v2": {**LATENT, **EXPERTS},
     "deepseek_v3": {**LATENT, **EXPERTS},
+    "deepseek_v32": {**LATENT, **EXPERTS, **INDEXER, "num_key_value_heads": [4]},
+    "deepseek_v4": {
+        **EXPERTS,
+        **INDEXER,
+        "num_hidden_layers": [3, 6],
+        "num_attention_heads": [4, 8],
+        "head_dim": [32, 64],
+        "q_lora_rank": [24, 40],
+        "o_lora_rank": [16, 24],
+        "o_groups": [2, 4],
+        "n_routed_experts": [4, 8],
+        "hc_mult": [2, 4],
+        "intermediate_size": [24],
+        "moe_intermediate_size": [24],
+        "attention_bias": [False],
+    },
     "falcon": {
         "new_decoder_architecture": [True, False],
         "multi_query": [True, False],
@@ -86,6 +108,14 @@ OWN: dict[str, dict[str, list[Any]]] = {
         "use_qk_norm": [True, False],
         "head_dim": [8, 32],
     },
+    "glm4_moe_lite": {
+        **LATENT,
+        **EXPERTS,
+        "q_lora_rank": [24],
+        "first_k_dense_replace": [1],
+        "num_key_value_heads": [4],
+    },
+    "glm_moe_dsa": {**LATENT, **EXPERTS, **INDEXER, "num_key_value_heads": [4]},
     "gpt2": {
         "n_embd": [96, 192],
         "n_head": [4, 8],

@@ -139,9 +139,48 @@ def residual(facts: Decoder, name: str, *, bias: bool = False) -> Op:
     )
 
 
+def hyper_connection(facts: Decoder, name: str) -> list[Op]:
+    """Return the mixing of n residual streams before and after a branch, if there are several.
+
+    A projection of all streams gives n*(n+2) weights: to read one, to write n, to mix n x n.
+    """
+    n, h = facts.residual_streams, facts.hidden_size
+    if n == 1:
+        return []
+    weights = n * (n + 2)
+    return [
+        Op(
+            name=f"{name}_streams",
+            kind=OpKind.elementwise,
+            params=weights * n * h + weights + 3,
+            moved_per_token=(3 * n + 2) * h,
+            backward_moved_per_token=(5 * n + 3) * h,
+            saved=(Saved(name=f"{name}_streams", elements=n * h, where="sp"),),
+        )
+    ]
+
+
+def _joined_streams(facts: Decoder) -> list[Op]:
+    """Return the weighted sum of the residual streams before the head, if there are several."""
+    n, h = facts.residual_streams, facts.hidden_size
+    if n == 1:
+        return []
+    return [
+        Op(
+            name="head_streams",
+            kind=OpKind.elementwise,
+            params=n * n * h + n + 1,
+            moved_per_token=(n + 1) * h,
+            saved=(Saved(name="head_streams", elements=n * h, where="sp"),),
+        )
+    ]
+
+
 def embedding_block(facts: Decoder) -> Block:
     """Return the embedding: tokens, learned positions, its norm and dropout."""
     h = facts.hidden_size
+    if not facts.vocab_size:
+        return Block(name="embedding", ops=(), hidden_inputs=0)
     words = Op(
         name="word_embedding",
         kind=OpKind.embedding,
@@ -185,6 +224,8 @@ def embedding_block(facts: Decoder) -> Block:
 def head_block(facts: Decoder) -> Block:
     """Return the final norm, the output layer (no weights of its own when tied) and the loss."""
     h, vocab = facts.hidden_size, facts.vocab_size
+    if not vocab:
+        return Block(name="head", ops=(), hidden_inputs=0)
     kept = Saved(name="head_input", elements=h, where="sp")
     output = Op(
         name="output_layer",
@@ -214,6 +255,6 @@ def head_block(facts: Decoder) -> Block:
     final = norm("final_norm", h, facts.norm_weights * h, keep="final_norm_input")
     return Block(
         name="head",
-        ops=(final, output, loss) if facts.final_norm else (output, loss),
+        ops=(*_joined_streams(facts), final, output, loss),
         hidden_inputs=0,
     )

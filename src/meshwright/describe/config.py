@@ -16,16 +16,20 @@ MAX_LAYERS = 65_536
 
 
 class Config:
-    """Reads the keys of one config; ``assumed`` collects what was left out."""
+    """Reads the keys of one config; ``assumed`` collects what was left out.
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    ``root`` begins the field names of errors.
+    """
+
+    def __init__(self, values: Mapping[str, Any], root: str = "config") -> None:
         self.values = values
+        self.root = root
         self.assumed: list[str] = []
         self.defaults: Mapping[str, Any] = {}
 
     def with_defaults(self, **defaults: Any) -> Config:
         """Return the config with the defaults of a family; ``assumed`` is shared."""
-        made = Config(self.values)
+        made = Config(self.values, self.root)
         made.assumed, made.defaults = self.assumed, defaults
         return made
 
@@ -39,10 +43,10 @@ class Config:
         if value is None:
             raise self._missing(key)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ModelError(f"config.{key}", value, "It is a whole number.", f"Use {low} or more.")
+            raise ModelError(self.name(key), value, "It is a whole number.", f"Use {low} or more.")
         if not low <= value <= MAX_SIZE:
             rule = f"It lies between {low} and {MAX_SIZE}."
-            raise ModelError(f"config.{key}", value, rule, f"Use {low} or more.")
+            raise ModelError(self.name(key), value, rule, f"Use {low} or more.")
         return value
 
     def nullable_size(self, key: str, default: int | None = None) -> int:
@@ -62,28 +66,28 @@ class Config:
         value = self.size(key, default, also=also)
         if value > MAX_LAYERS:
             rule = f"A model has at most {MAX_LAYERS} layers."
-            raise ModelError(f"config.{key}", value, rule, f"Use {MAX_LAYERS} or less.")
+            raise ModelError(self.name(key), value, rule, f"Use {MAX_LAYERS} or less.")
         return value
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """Return true or false."""
         value = self._value(key, default)
         if not isinstance(value, bool):
-            raise ModelError(f"config.{key}", value, "It is true or false.", "Use true or false.")
+            raise ModelError(self.name(key), value, "It is true or false.", "Use true or false.")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
         """Return text."""
         value = self._value(key, default)
         if not isinstance(value, str):
-            raise ModelError(f"config.{key}", value, "It is text.", "Write it in quotes.")
+            raise ModelError(self.name(key), value, "It is text.", "Write it in quotes.")
         return value
 
     def fraction(self, key: str, default: float | None = None) -> float:
         """Return a number from 0 to 1."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ModelError(f"config.{key}", value, "It lies between 0 and 1.", "Use 0.")
+            raise ModelError(self.name(key), value, "It lies between 0 and 1.", "Use 0.")
         return float(value)
 
     def items(self, key: str) -> list[Any] | None:
@@ -92,7 +96,7 @@ class Config:
         if value is None:
             return None
         if not isinstance(value, list | tuple):
-            raise ModelError(f"config.{key}", value, "It is a list.", "Write [...].")
+            raise ModelError(self.name(key), value, "It is a list.", "Write [...].")
         return list(cast("list[Any]", value))
 
     def choices(self, key: str, allowed: Iterable[str], length: int) -> list[str] | None:
@@ -104,10 +108,10 @@ class Config:
         for value in found:
             if value not in names:
                 remedy = did_you_mean(str(value), names)
-                raise ModelError(f"config.{key}", value, "There is no such layer type.", remedy)
+                raise ModelError(self.name(key), value, "There is no such layer type.", remedy)
         if len(found) != length:
             raise ModelError(
-                f"config.{key}",
+                self.name(key),
                 len(found),
                 f"It has one entry for each of the {length} layers.",
                 f"Write {length} entries, or leave it out.",
@@ -120,7 +124,7 @@ class Config:
         for value in found or ():
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < length:
                 rule = f"It lists layers from 0 to {length - 1}."
-                raise ModelError(f"config.{key}", value, rule, "Leave that layer out.")
+                raise ModelError(self.name(key), value, rule, "Leave that layer out.")
         return None if found is None else frozenset(found)
 
     def is_null(self, key: str) -> bool:
@@ -148,10 +152,14 @@ class Config:
         """Return the object under ``key``, which shares ``assumed``."""
         value = self.values[key]
         if not isinstance(value, Mapping):
-            raise ModelError(f"config.{key}", value, "It is an object.", "Write {...}.")
-        inner = Config(cast("Mapping[str, Any]", value))
+            raise ModelError(self.name(key), value, "It is an object.", "Write {...}.")
+        inner = Config(cast("Mapping[str, Any]", value), self.name(key))
         inner.assumed = self.assumed
         return inner
+
+    def name(self, key: str) -> str:
+        """Return the key as errors call it."""
+        return f"{self.root}.{key}"
 
     def _value(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
@@ -163,5 +171,8 @@ class Config:
 
     def _missing(self, key: str) -> ModelError:
         return ModelError(
-            f"config.{key}", None, "The shape of the model needs it.", f"Give {key} a whole number."
+            self.name(key),
+            None,
+            "The shape of the model needs it.",
+            f"Give {key} a whole number.",
         )

@@ -64,6 +64,7 @@ def build_decoder(facts: Decoder) -> Model:
         is_mla=isinstance(attention, LatentAttention),
         mamba_num_heads=mamba.num_heads if mamba else 0,
         mamba_num_groups=mamba.num_groups if mamba else 0,
+        facts=facts,
         assumed=facts.assumed,
     )
 

@@ -66,7 +66,8 @@ class LatentAttention:
 
     ``q_lora_rank`` 0 projects queries in one step. ``split_down`` divides the down-projections by
     TP and gathers their outputs, as Megatron's layers without Transformer Engine do; with it every
-    rank holds them whole. ``norms`` are those of the compressed query and key-value.
+    rank holds them whole. ``norms`` are those of the compressed query and key-value. ``index_topk``
+    > 0: an indexer picks so many tokens to attend to (DeepSeek-V3.2, arXiv:2512.02556).
     """
 
     num_heads: int
@@ -78,15 +79,50 @@ class LatentAttention:
     bias: bool = False
     norms: bool = True
     split_down: bool = False
+    index_heads: int = 0
+    index_head_dim: int = 0
+    index_topk: int = 0
 
     def __post_init__(self) -> None:
         _check_sizes(self, "num_heads", "kv_lora_rank", "v_head_dim")
         _check_sizes(self, "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", low=0)
+        _check_sizes(self, "index_heads", "index_head_dim", "index_topk", low=0)
 
     @property
     def qk_head_dim(self) -> int:
         """Features per head that scores are taken over."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedAttention:
+    """Attention over a window and over compressed tokens before it (DeepSeek-V4).
+
+    One key-value head of ``head_dim`` is shared by all; the output is projected in ``o_groups``
+    groups to ``o_lora_rank`` each. ``compress_ratio`` 0 attends to the window alone; with
+    ``index_topk`` > 0 an indexer picks among the compressed tokens.
+    """
+
+    num_heads: int
+    head_dim: int
+    q_lora_rank: int
+    o_lora_rank: int
+    o_groups: int
+    window: int
+    compress_ratio: int = 0
+    index_heads: int = 0
+    index_head_dim: int = 0
+    index_topk: int = 0
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "num_heads", "head_dim", "q_lora_rank", "o_lora_rank", "o_groups")
+        _check_sizes(self, "window", "compress_ratio", "index_heads", low=0)
+        _check_sizes(self, "index_head_dim", "index_topk", low=0)
+
+    @property
+    def overlap(self) -> int:
+        """Windows that one compressed token sums up: two where an indexer picks, else one."""
+        return 2 if self.index_topk else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +209,7 @@ class Moe:
             )
 
 
-Mixer = Attention | LatentAttention | Mamba | DeltaNet
+Mixer = Attention | LatentAttention | CompressedAttention | Mamba | DeltaNet
 FeedForward = Mlp | Moe
 
 
@@ -196,10 +232,11 @@ class Layer:
 class Decoder:
     """A decoder-only language model.
 
-    ``norm_weights`` per feature: 1 for RMSNorm, 2 for LayerNorm with a bias, 0 without weights.
-    ``learned_positions`` counts rows of a position table. ``mtp`` has one layer (a tuple of layers
-    where the pattern is hybrid) per multi-token-prediction depth. ``hidden_dropout`` > 0 keeps
-    masks.
+    ``vocab_size`` 0 leaves out embedding and head. ``norm_weights`` per feature: 1 for RMSNorm, 2
+    for LayerNorm with a bias, 0 without weights. ``learned_positions`` counts rows of a position
+    table. ``mtp`` has the layers (several where the pattern is hybrid) of each
+    multi-token-prediction depth. ``hidden_dropout`` > 0 keeps masks. ``residual_streams`` > 1:
+    hyper-connections widen the residual stream so many times (arXiv:2409.19606).
     """
 
     model_type: str
@@ -212,9 +249,9 @@ class Decoder:
     tie_word_embeddings: bool = False
     learned_positions: int = 0
     embedding_norm: bool = False
-    final_norm: bool = True
     head_bias: bool = False
     hidden_dropout: float = 0.0
+    residual_streams: int = 1
     mtp: tuple[tuple[Layer, ...], ...] = ()
     assumed: tuple[str, ...] = ()
 

@@ -6,7 +6,15 @@ from typing import Any
 
 from meshwright.describe.config import Config
 from meshwright.describe.decoder import build_decoder
-from meshwright.describe.facts import Attention, Decoder, DeltaNet, LatentAttention, Layer, Mlp
+from meshwright.describe.facts import (
+    Attention,
+    Decoder,
+    DeltaNet,
+    LatentAttention,
+    Layer,
+    Mlp,
+    Moe,
+)
 from meshwright.describe.model import Model
 
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
@@ -103,4 +111,37 @@ def latent_attention(config: Config) -> LatentAttention:
         qk_rope_head_dim=config.size("qk_rope_head_dim"),
         v_head_dim=config.size("v_head_dim"),
         bias=config.flag("attention_bias"),
+        index_heads=config.optional_size("index_n_heads"),
+        index_head_dim=config.optional_size("index_head_dim"),
+        index_topk=config.optional_size("index_topk"),
+    )
+
+
+def latent_decoder(config: Config) -> Model:
+    """Return a decoder of DeepSeek-V3's kind: latent attention, dense layers, then experts, MTP.
+
+    ``mlp_layer_types`` (dense, sparse) overrides ``first_k_dense_replace``.
+    """
+    attention = latent_attention(config)
+    expert_ffn = config.size("moe_intermediate_size")
+    moe = Layer(
+        mixer=attention,
+        ffn=Moe(
+            num_experts=config.size("n_routed_experts"),
+            topk=config.size("num_experts_per_tok"),
+            ffn_hidden_size=expert_ffn,
+            shared_ffn_hidden_size=expert_ffn * config.optional_size("n_shared_experts"),
+            correction_bias=True,
+        ),
+    )
+    dense = Layer(mixer=attention, ffn=mlp(config))
+    num_layers = config.layers()
+    words = config.choices("mlp_layer_types", ("dense", "sparse"), num_layers)
+    if words is None:
+        num_dense = min(config.size("first_k_dense_replace", low=0), num_layers)
+        words = ["dense"] * num_dense + ["sparse"] * (num_layers - num_dense)
+    return decoder(
+        config,
+        tuple(moe if word == "sparse" else dense for word in words),
+        mtp=((moe,),) * config.optional_size("num_nextn_predict_layers"),
     )

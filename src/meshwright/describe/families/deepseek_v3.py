@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from meshwright.describe.config import Config
-from meshwright.describe.facts import Layer, Moe
 from meshwright.describe.model import Model
-from meshwright.describe.standard import decoder, latent_attention, mlp
+from meshwright.describe.standard import latent_decoder
 
 
 def build(config: Config) -> Model:
@@ -31,23 +30,4 @@ def build(config: Config) -> Model:
         first_k_dense_replace=3,
         num_nextn_predict_layers=1,
     )
-    attention = latent_attention(config)
-    expert_ffn = config.size("moe_intermediate_size")
-    moe = Layer(
-        mixer=attention,
-        ffn=Moe(
-            num_experts=config.size("n_routed_experts"),
-            topk=config.size("num_experts_per_tok"),
-            ffn_hidden_size=expert_ffn,
-            shared_ffn_hidden_size=expert_ffn * config.optional_size("n_shared_experts"),
-            correction_bias=True,
-        ),
-    )
-    dense = Layer(mixer=attention, ffn=mlp(config))
-    num_layers = config.layers()
-    num_dense = min(config.size("first_k_dense_replace", low=0), num_layers)
-    return decoder(
-        config,
-        (dense,) * num_dense + (moe,) * (num_layers - num_dense),
-        mtp=((moe,),) * config.optional_size("num_nextn_predict_layers"),
-    )
+    return latent_decoder(config)
