@@ -1,0 +1,79 @@
+"""What the layers of one rank share: layout, groups, dtype, and what a microbatch brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from meshwright.parallel.layout import CpComm, Layout, Recompute
+from meshwright.runtime.context_parallel import ContextAttention
+from meshwright.runtime.groups import Groups
+from meshwright.runtime.shape import ModelShape
+from meshwright.runtime.tensor_parallel import WeightGradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """The setting that every layer of a rank is built in.
+
+    ``later`` is there when the schedule splits the backward pass. ``aux_losses`` collects, during a
+    forward pass, what routers add to the objective.
+    """
+
+    shape: ModelShape
+    layout: Layout[int]
+    groups: Groups
+    dtype: torch.dtype
+    later: WeightGradients | None = None
+    aux_losses: list[Tensor] = field(default_factory=list[Tensor])
+
+    @property
+    def sp(self) -> bool:
+        """Whether tokens are divided by TP between tensor-parallel regions."""
+        return bool(self.layout.sp) and self.layout.tp > 1
+
+    @property
+    def attention(self) -> ContextAttention:
+        """Attention over the sequence as context parallelism spreads it."""
+        return ContextAttention(
+            comm=CpComm(self.layout.cp_comm),
+            inner=self.groups.cp_inner,
+            outer=self.groups.cp_outer,
+        )
+
+    def recomputed(self, module: Recompute, function: Callable[..., Any], *args: Any) -> Any:
+        """Call ``function``; drop and recompute what it keeps if ``module`` is to be recomputed."""
+        if self.layout.recompute & module and torch.is_grad_enabled():
+            return recompute(function, *args)
+        return function(*args)
+
+
+def recompute(function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function`` keeping its arguments alone; backward calls it again."""
+    kept = cast("Callable[..., Any]", torch.utils.checkpoint.checkpoint)
+    return kept(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """One microbatch as one rank sees it; tensors ``[s, b]`` with this rank's positions.
+
+    ``mask`` is 1 where a token's loss counts. ``rope`` holds cos and sin ``[s, dim]``. ``mtp`` has,
+    per prediction depth, the shifted tokens, labels and mask. ``loss_scale`` is one over the
+    counted tokens of the global batch, ``mtp_scales`` the same per depth, ``aux_scale`` one over
+    its microbatches: gradients are then sums over microbatches and ranks.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    mask: Tensor
+    rope: tuple[Tensor, Tensor]
+    mtp: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    loss_scale: float
+    mtp_scales: tuple[float, ...]
+    aux_scale: float

@@ -1,0 +1,405 @@
+"""The pieces of a decoder layer: linear layers, norms, rotary positions, attention, MLP.
+
+Tensors are ``[s, b, h]``. Shapes: s tokens here, b sequences, h hidden features, n heads here,
+d features of a head, f feed-forward features here.
+"""
+
+# torch annotates some functions only in part.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportIncompatibleMethodOverride=false
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meshwright.parallel.layout import Recompute
+from meshwright.runtime.context import Context
+from meshwright.runtime.groups import Group
+from meshwright.runtime.parameters import Box, Partial, ShardedParameter, parameter
+from meshwright.runtime.shape import Rope, yarn_mscale
+from meshwright.runtime.tensor_parallel import enter, leave, linear, sum_over
+
+
+class Linear(nn.Module):
+    """A linear layer of which this rank holds all, some outputs (column) or some inputs (row).
+
+    The caller enters and leaves the tensor-parallel region. ``blocks`` says that the split
+    dimension is dealt in ``blocks`` equal parts of which this rank has part ``block`` (KV heads
+    that several ranks share have fewer parts than TP).
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        split: Literal["", "out", "in"] = "",
+        bias: bool = False,
+        blocks: int = 0,
+        block: int = 0,
+        partial: Partial = "",
+        std: float = 0.0,
+    ) -> None:
+        super().__init__()
+        tp = context.groups.tp
+        blocks, block = (blocks, block) if blocks else (tp.size, tp.index)
+        self.later, self.split = context.later, split
+        shape = [out_features, in_features]
+        local, offsets = list(shape), [0, 0]
+        if split:
+            dim = 0 if split == "out" else 1
+            local[dim] //= blocks
+            offsets[dim] = block * local[dim]
+        replicated = "tp" if context.sp and not split else ""
+        copies = not split or blocks < tp.size
+        # Of the ranks that hold the same part the first counts.
+        counted = context.groups.kv.index == 0 if split else tp.index == 0
+        box = Box(
+            name=f"{name}.weight",
+            shape=(out_features, in_features),
+            offsets=(offsets[0], offsets[1]),
+            std=std or context.shape.initializer_range,
+            partial=partial or replicated,
+            counted=counted if copies else True,
+        )
+        self.weight = parameter(box, (local[0], local[1]), context.dtype)
+        self.bias: ShardedParameter | None = None
+        if bias:
+            column = split == "out"
+            bias_box = Box(
+                name=f"{name}.bias",
+                shape=(out_features,),
+                offsets=(offsets[0] if column else 0,),
+                init="zeros",
+                partial=partial if column else ("tp" if context.sp else ""),
+                counted=box.counted if column else tp.index == 0,
+                decay=False,
+            )
+            size = local[0] if column else out_features
+            self.bias = parameter(bias_box, (size,), context.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product; ``add_bias`` adds a row-parallel layer's bias after leaving."""
+        return linear(x, self.weight, None if self.split == "in" else self.bias, self.later)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """Add the bias of a row-parallel layer to the reduced output."""
+        return y if self.bias is None else y + self.bias
+
+
+class RmsNorm(nn.Module):
+    """Root mean square norm (arXiv:1910.07467), computed in at least float32.
+
+    ``over`` is the group whose ranks hold the other features when they are spread (norms over all
+    heads at once under TP).
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        name: str,
+        size: int,
+        *,
+        partial: Partial | None = None,
+        over: Group | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps, self.over = context.shape.norm_eps, over
+        spread = over is not None and over.size > 1
+        if partial is None:
+            partial = "tp" if context.sp and not spread else ""
+        index = over.index if over is not None else 0
+        local = size // over.size if over is not None else size
+        box = Box(
+            name=f"{name}.weight",
+            shape=(size,),
+            offsets=(index * local,),
+            init="ones",
+            partial=partial,
+            counted=spread or context.groups.tp.index == 0,
+            decay=False,
+        )
+        self.size = size
+        self.weight = parameter(box, (local,), context.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x / rms(x) * weight`` over the last dimension."""
+        if self.over is None or self.over.size == 1:
+            return F.rms_norm(x, (self.size,), self.weight, self.eps)
+        wide = x if x.dtype == torch.float64 else x.float()
+        squares = sum_over(wide.square().sum(-1, keepdim=True), self.over)
+        return (wide * torch.rsqrt(squares / self.size + self.eps)).to(x.dtype) * self.weight
+
+
+def rope_tables(rope: Rope, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin ``[s, dim]`` in float32, as ``transformers`` computes them."""
+    exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    inverse = 1.0 / (rope.theta**exponent)
+    attention = 1.0
+    if rope.kind == "linear":
+        inverse = inverse / rope.factor
+    elif rope.kind == "llama3":
+        inverse = _llama3(inverse, rope)
+    elif rope.kind == "yarn":
+        inverse, attention = _yarn(inverse, rope, dim)
+    angles = positions.cpu().float()[:, None] * inverse[None, :]
+    angles = torch.cat([angles, angles], dim=-1)
+    tables = angles.cos() * attention, angles.sin() * attention
+    return tables[0].to(positions.device), tables[1].to(positions.device)
+
+
+def _llama3(inverse: Tensor, rope: Rope) -> Tensor:
+    """Long wavelengths are divided by the factor, short ones kept, those between blended."""
+    wavelength = 2 * math.pi / inverse
+    low = rope.original_max_seq_len / rope.low_freq_factor
+    high = rope.original_max_seq_len / rope.high_freq_factor
+    scaled = torch.where(wavelength > low, inverse / rope.factor, inverse)
+    smooth = (rope.original_max_seq_len / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - smooth) * scaled / rope.factor + smooth * scaled
+    between = ~(wavelength < high) & ~(wavelength > low)
+    return torch.where(between, blended, scaled)
+
+
+def _yarn(inverse: Tensor, rope: Rope, dim: int) -> tuple[Tensor, float]:
+    """Slow frequencies interpolated, fast ones kept, a ramp between; and the temperature."""
+
+    def turns(rotations: float) -> float:
+        ratio = rope.original_max_seq_len / (rotations * 2 * math.pi)
+        return dim * math.log(ratio) / (2 * math.log(rope.theta))
+
+    low, high = turns(rope.beta_fast), turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (torch.arange(dim // 2).float() - low) / (max(high - low, 0.001))
+    keep = 1 - ramp.clamp(0, 1)
+    mixed = inverse / rope.factor * (1 - keep) + inverse * keep
+    if rope.attention_factor is not None:
+        return mixed, rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        ratio = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(
+            rope.factor, rope.mscale_all_dim
+        )
+        return mixed, ratio
+    return mixed, yarn_mscale(rope.factor, 1.0)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor], *, interleaved: bool = False) -> Tensor:
+    """Rotate ``[b, n, s, d]`` by its positions."""
+    cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)
+    if interleaved:
+        x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def to_heads(x: Tensor, heads: int) -> Tensor:
+    """``[s, b, n*d]`` -> ``[b, n, s, d]``."""
+    return x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+
+
+def from_heads(x: Tensor) -> Tensor:
+    """``[b, n, s, d]`` -> ``[s, b, n*d]``."""
+    return x.permute(2, 0, 1, 3).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries; heads are divided by TP.
+
+    Where TP exceeds the KV heads, TP/KV neighbouring ranks hold the same KV head.
+    """
+
+    def __init__(self, context: Context, name: str, *, window: int = 0) -> None:
+        super().__init__()
+        shape, tp = context.shape, context.groups.tp
+        self.context, self.window = context, window
+        self.heads = shape.num_heads // tp.size
+        kv_blocks = min(tp.size, shape.num_kv_heads)
+        self.kv_heads = shape.num_kv_heads // kv_blocks
+        h, d = shape.hidden_size, shape.head_dim
+
+        def project(part: str, heads: int, kv: bool) -> Linear:
+            return Linear(
+                context,
+                f"{name}.{part}",
+                h,
+                heads * d,
+                split="out",
+                bias=shape.qkv_bias,
+                blocks=kv_blocks if kv else tp.size,
+                block=tp.index * kv_blocks // tp.size if kv else tp.index,
+                partial="kv" if kv and kv_blocks < tp.size else "",
+            )
+
+        self.q_proj = project("q_proj", shape.num_heads, kv=False)
+        self.k_proj = project("k_proj", shape.num_kv_heads, kv=True)
+        self.v_proj = project("v_proj", shape.num_kv_heads, kv=True)
+        self.o_proj = Linear(
+            context,
+            f"{name}.o_proj",
+            shape.num_heads * d,
+            h,
+            split="in",
+            bias=shape.out_bias,
+            std=residual_std(context),
+        )
+        self.q_norm, self.k_norm = self._norms(context, name)
+
+    @staticmethod
+    def _norms(context: Context, name: str) -> tuple[RmsNorm | None, RmsNorm | None]:
+        shape, tp = context.shape, context.groups.tp
+        if not shape.qk_norm:
+            return None, None
+        if shape.qk_norm == "head":
+            # Every TP rank normalises its own heads with the same weights.
+            summed: Partial = "tp" if tp.size > 1 else ""
+            return (
+                RmsNorm(context, f"{name}.q_norm", shape.head_dim, partial=summed),
+                RmsNorm(context, f"{name}.k_norm", shape.head_dim, partial=summed),
+            )
+        return (
+            RmsNorm(context, f"{name}.q_norm", shape.num_heads * shape.head_dim, over=tp),
+            RmsNorm(context, f"{name}.k_norm", shape.num_kv_heads * shape.head_dim, over=tp),
+        )
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the branch's output for the tokens here."""
+        context = self.context
+        x = enter(x, context.groups.tp, sp=context.sp)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm and self.k_norm and context.shape.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = to_heads(q, self.heads), to_heads(k, self.kv_heads), to_heads(v, self.kv_heads)
+        if self.q_norm and self.k_norm and context.shape.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rope), rotate(k, rope)
+        out = context.recomputed(
+            Recompute.core_attn,
+            context.attention,
+            q,
+            k,
+            v,
+            context.shape.softmax_scale,
+            self.window,
+        )
+        out = leave(self.o_proj(from_heads(out)), context.groups.tp, sp=context.sp)
+        return self.o_proj.add_bias(out)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention; heads are divided by TP, down-projections are whole.
+
+    Ref: DeepSeek-V2, arXiv:2405.04434, section 2.1.
+    """
+
+    def __init__(self, context: Context, name: str) -> None:
+        super().__init__()
+        shape = context.shape
+        mla = shape.mla
+        assert mla is not None
+        self.context, self.mla = context, mla
+        self.heads = shape.num_heads // context.groups.tp.size
+        h, q_rank, kv_rank = shape.hidden_size, mla.q_lora_rank, mla.kv_lora_rank
+        q_out = shape.num_heads * mla.qk_head_dim
+        self.q_proj: Linear | None = None
+        self.q_a_proj: Linear | None = None
+        if q_rank:
+            self.q_a_proj = Linear(context, f"{name}.q_a_proj", h, q_rank, bias=shape.qkv_bias)
+            self.q_a_layernorm = RmsNorm(context, f"{name}.q_a_layernorm", q_rank)
+            self.q_b_proj = Linear(context, f"{name}.q_b_proj", q_rank, q_out, split="out")
+        else:
+            self.q_proj = Linear(context, f"{name}.q_proj", h, q_out, split="out")
+        self.kv_a_proj = Linear(
+            context,
+            f"{name}.kv_a_proj_with_mqa",
+            h,
+            kv_rank + mla.qk_rope_head_dim,
+            bias=shape.qkv_bias,
+        )
+        self.kv_a_layernorm = RmsNorm(context, f"{name}.kv_a_layernorm", kv_rank)
+        kv_out = shape.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        self.kv_b_proj = Linear(context, f"{name}.kv_b_proj", kv_rank, kv_out, split="out")
+        self.o_proj = Linear(
+            context,
+            f"{name}.o_proj",
+            shape.num_heads * mla.v_head_dim,
+            h,
+            split="in",
+            bias=shape.out_bias,
+            std=residual_std(context),
+        )
+
+    def _query(self, x: Tensor) -> Tensor:
+        tp, sp = self.context.groups.tp, self.context.sp
+        if self.q_proj is not None:
+            return self.q_proj(enter(x, tp, sp=sp))
+        assert self.q_a_proj is not None
+        return self.q_b_proj(enter(self.q_a_layernorm(self.q_a_proj(x)), tp, sp=sp))
+
+    def _up(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        mla, context = self.mla, self.context
+        tp, sp = context.groups.tp, context.sp
+        pair = context.shape.rope.interleaved
+        q = to_heads(self._query(x), self.heads)
+        compressed, k_rope = self.kv_a_proj(x).split([mla.kv_lora_rank, mla.qk_rope_head_dim], -1)
+        joined = torch.cat([self.kv_a_layernorm(compressed), k_rope], dim=-1)
+        latent, k_rope = enter(joined, tp, sp=sp).split(
+            [mla.kv_lora_rank, mla.qk_rope_head_dim], -1
+        )
+        kv = to_heads(self.kv_b_proj(latent), self.heads)
+        k_nope, v = kv.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=-1)
+        q_nope, q_rope = q.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
+        q_rope = rotate(q_rope, rope, interleaved=pair)
+        k_rope = rotate(to_heads(k_rope, 1), rope, interleaved=pair).expand(-1, self.heads, -1, -1)
+        return torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, k_rope], -1), v
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the branch's output for the tokens here."""
+        context = self.context
+        q, k, v = context.recomputed(Recompute.mla_up_proj, self._up, x, rope)
+        out = context.recomputed(
+            Recompute.core_attn, context.attention, q, k, v, context.shape.softmax_scale, 0
+        )
+        out = leave(self.o_proj(from_heads(out)), context.groups.tp, sp=context.sp)
+        return self.o_proj.add_bias(out)
+
+
+class Mlp(nn.Module):
+    """A gated feed-forward network (SwiGLU, arXiv:2002.05202); its features are divided by TP."""
+
+    def __init__(
+        self, context: Context, name: str, size: int, flag: Recompute = Recompute.mlp
+    ) -> None:
+        super().__init__()
+        self.context, self.flag = context, flag
+        shape = context.shape
+        h, bias = shape.hidden_size, shape.mlp_bias
+        self.gate_proj = Linear(context, f"{name}.gate_proj", h, size, split="out", bias=bias)
+        self.up_proj = Linear(context, f"{name}.up_proj", h, size, split="out", bias=bias)
+        self.down_proj = Linear(
+            context, f"{name}.down_proj", size, h, split="in", bias=bias, std=residual_std(context)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the branch's output for the tokens here."""
+        return self.context.recomputed(self.flag, self._compute, x)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        tp, sp = self.context.groups.tp, self.context.sp
+        x = enter(x, tp, sp=sp)
+        out = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj.add_bias(leave(out, tp, sp=sp))
+
+
+def residual_std(context: Context) -> float:
+    """Return the start deviation of what feeds the residual stream: std / sqrt(2 L) (GPT-2)."""
+    shape = context.shape
+    return shape.initializer_range / math.sqrt(2 * shape.num_layers)
