@@ -6,7 +6,9 @@ micro-batches are held at once is the schedule's affair (``parallel.pipeline.hel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -177,3 +179,19 @@ def framework_bytes(x: Layouts, factors: Factors) -> Floats:
     for degree in (x.tp, x.cp, x.pp, x.dp, x.ep):
         groups += degree > 1
     return factors.framework_bytes + factors.communicator_bytes * groups
+
+
+Statistic = Literal["allocated", "reserved", "nvidia-smi"]
+
+
+def statistic_bytes(terms: Mapping[str, float], statistic: Statistic) -> float:
+    """Return one kind of memory from the terms of a rank.
+
+    ``allocated``: live tensors. ``reserved``: with the blocks that the allocator holds unused.
+    ``nvidia-smi``: with context, libraries and communicators, which is all that the card holds.
+    """
+    held = terms["peak_bytes"]
+    if statistic == "nvidia-smi":
+        return held
+    held -= terms["framework_bytes"]
+    return held

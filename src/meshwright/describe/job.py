@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 from meshwright.errors import JobError, did_you_mean
 
@@ -117,15 +117,28 @@ class Execution:
     overlap_pp_comm: bool = True
     delay_weight_grad: bool = False
     cuda_graphs: Literal["none", "partial", "full"] = "none"
+    graphed_modules: frozenset[str] = frozenset()
+    """What ``partial`` CUDA graphs hold: attn, mamba, mlp, moe_router, moe_preprocess, moe."""
     dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = "alltoall"
     flash_attention: bool = True
+    fused_softmax: bool = True
+    """Scale, mask and softmax in one kernel, where attention is not flash."""
+    fused_kernels: bool = True
+    """Norms, activations, rotary embedding and residual adds as one kernel each."""
     fused_cross_entropy: bool = True
+    fused_wgrad_accumulation: bool = True
     grouped_gemm: bool = True
     forced_balance: bool = True
     capacity_factor: float | None = None
     shared_expert_overlap: bool = False
+    recompute_every_second_matmul: bool = False
+    """torchtitan's selective checkpointing by op: of matmul outputs every second one is kept."""
+    packed_sample_tokens: int = 0
+    """Mean length of the samples packed into a sequence; 0: one sample fills it."""
     optimizer_offload_fraction: float = 0.0
     activation_offload_layers: int = 0
+    power_boost: bool = False
+    """More of the card's power for the cores than for memory (``vboost``)."""
     cross_entropy_in_fp32: bool = False
 
 
@@ -177,6 +190,4 @@ def job(*, seq_len: int, gbs: int, precision_name: str = "bf16", task: str = "pr
     """Make a job from plain words. Raises ``JobError``."""
     if task not in TASKS:
         raise JobError("job.task", task, "Unknown task.", did_you_mean(task, TASKS))
-    return Job(
-        seq_len=seq_len, gbs=gbs, precision=precision(precision_name), task=cast("Task", task)
-    )
+    return Job(seq_len=seq_len, gbs=gbs, precision=precision(precision_name), task=task)

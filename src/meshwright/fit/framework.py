@@ -1,0 +1,60 @@
+"""How the frameworks that runs were made with behave where a row does not say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshwright.fit.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framework:
+    """Defaults of a training framework for settings that a row leaves out."""
+
+    name: str
+    overlap: bool = True
+    overlap_tp: bool = False
+    fused_kernels: bool = True
+    fused_cross_entropy: bool = False
+    fused_wgrad_accumulation: bool = True
+    sequence_parallel: bool = True
+    distributed_optimizer: bool = True
+    expert_tensor_is_tensor: bool = False
+    cp_comm: str = "p2p"
+    flash_attention: bool = True
+    overlap_pp: bool = True
+
+
+FRAMEWORKS = (
+    Framework(
+        name="torchtitan", fused_wgrad_accumulation=False, cp_comm="all_gather", overlap_pp=False
+    ),
+    Framework(name="composer", fused_kernels=False, fused_wgrad_accumulation=False),
+    Framework(name="automodel", fused_wgrad_accumulation=False),
+    Framework(
+        name="deepspeed",
+        overlap=False,
+        sequence_parallel=False,
+        distributed_optimizer=False,
+        flash_attention=False,
+        fused_wgrad_accumulation=False,
+        overlap_pp=False,
+    ),
+    Framework(name="nemo", overlap_tp=True, fused_cross_entropy=True),
+    Framework(name="megatron-lm", overlap=False, expert_tensor_is_tensor=True),
+    Framework(name="megatron-bridge", fused_cross_entropy=True),
+)
+"""Known frameworks; a row that names none is read as Megatron-Bridge, a tuned Megatron-Core run."""
+
+
+def framework_of(settings: Settings) -> Framework:
+    """Return the framework that the settings name, or whose words they use."""
+    named = settings.text("framework").replace(" ", "-")
+    for known in FRAMEWORKS:
+        if known.name in named:
+            return known
+    if named.startswith("megatron") or settings.section("args"):
+        return next(f for f in FRAMEWORKS if f.name == "megatron-lm")
+    if named:
+        settings.assumed.append(f"framework {named!r} is read as megatron-bridge")
+    return FRAMEWORKS[-1]

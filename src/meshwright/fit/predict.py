@@ -1,0 +1,104 @@
+"""Predictions for the rows of a file of measured runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from meshwright.cost.detail import Estimate, estimate
+from meshwright.cost.factors import Factors
+from meshwright.cost.memory import statistic_bytes
+from meshwright.errors import MeshwrightError
+from meshwright.fit.rows import Run, read_row
+
+INTERVAL_FRACTION = 0.25
+"""Half-width, as a factor, of the interval that holds the measured step time in 9 runs of 10."""
+
+Status = Literal["ok", "unsupported", "refused"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One row's answer: ``ok`` with figures, or why there are none.
+
+    ``refused``: the row contradicts itself or names what cannot be. ``unsupported``: it is sound,
+    but says something that the cost model has no words for.
+    """
+
+    id: str
+    status: Status
+    why: str = ""
+    assumed: tuple[str, ...] = ()
+    step_time_s: float | None = None
+    low_s: float | None = None
+    high_s: float | None = None
+    measured_step_time_s: float | None = None
+    peak_bytes: float | None = None
+    measured_peak_bytes: float | None = None
+    estimate: Estimate | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row of the command's JSON."""
+        return {
+            "id": self.id,
+            "status": self.status,
+            "why": self.why,
+            "assumed": list(self.assumed),
+            "predicted_step_time_s": self.step_time_s,
+            "predicted_step_time_low_s": self.low_s,
+            "predicted_step_time_high_s": self.high_s,
+            "measured_step_time_s": self.measured_step_time_s,
+            "predicted_peak_bytes": self.peak_bytes,
+            "measured_peak_bytes": self.measured_peak_bytes,
+        }
+
+
+def predict(
+    rows: Iterable[Mapping[str, str]], models: Mapping[str, Any], factors: Factors | None = None
+) -> list[Prediction]:
+    """Return a prediction for every row, from its settings alone, in order."""
+    return [_predict_row(row, models, factors) for row in rows]
+
+
+def _predict_row(
+    row: Mapping[str, str], models: Mapping[str, Any], factors: Factors | None
+) -> Prediction:
+    blank = Prediction(
+        id=row.get("id") or "",
+        status="refused",
+        measured_step_time_s=_measured(row, "step_time_best_s"),
+        measured_peak_bytes=_measured(row, "peak_memory_bytes"),
+    )
+    try:
+        run = read_row(row, models)
+    except MeshwrightError as error:
+        return replace(blank, why=str(error))
+    try:
+        found = estimate(run.model, run.cluster, run.job, run.layout, factors)
+    except MeshwrightError as error:
+        return replace(blank, status="unsupported", why=str(error), assumed=run.assumed)
+    return replace(
+        blank,
+        status="ok",
+        assumed=run.assumed,
+        step_time_s=found.step_time_s,
+        low_s=found.step_time_s / (1.0 + INTERVAL_FRACTION),
+        high_s=found.step_time_s * (1.0 + INTERVAL_FRACTION),
+        peak_bytes=asked_bytes(found, run),
+        estimate=found,
+    )
+
+
+def asked_bytes(found: Estimate, run: Run) -> float:
+    """Return the memory that a row asks for: that statistic, on that rank."""
+    stages = {"first": found.stages[:1], "last": found.stages[-1:], "fullest": found.stages}
+    return max(statistic_bytes(stage, run.statistic) for stage in stages[run.rank])
+
+
+def _measured(row: Mapping[str, str], name: str) -> float | None:
+    try:
+        value = float(row.get(name) or "")
+    except ValueError:
+        return None
+    return value if 0 < value < float("inf") else None

@@ -1,0 +1,227 @@
+"""Settings of a measured run -> job: sequence, batch, precision recipe, switches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from meshwright.describe.job import (
+    PRECISION_ALIASES,
+    PRECISIONS,
+    TASKS,
+    Execution,
+    Job,
+    Precision,
+    precision,
+)
+from meshwright.errors import JobError
+from meshwright.fit.framework import Framework
+from meshwright.fit.settings import Settings
+
+PACKED_SAMPLE_TOKENS = 512
+"""Mean length taken for the packed samples of a fine-tuning set, which rows do not state."""
+
+_BYTES = {
+    **{f"{prefix}{name}": 4.0 for prefix in ("", "torch.") for name in ("fp32", "float32")},
+    **{f"{prefix}{name}": 2.0 for prefix in ("", "torch.") for name in ("bf16", "bfloat16")},
+    **{"fp16": 2.0, "float16": 2.0, "fp8": 1.0, "uint8": 1.0},
+}
+
+
+def read_job(s: Settings, framework: Framework, seq_len: int, gbs: int) -> Job:
+    """Return the job of a row; unknown words are read as the nearest and listed."""
+    task = s.cell("task") or "pretrain"
+    if task == "module":
+        task = "pretrain"
+    if task not in TASKS:
+        s.assumed.append(f"task {task!r} is read as pretrain")
+        task = "pretrain"
+    return Job(
+        seq_len=seq_len,
+        gbs=gbs,
+        precision=read_precision(s, framework),
+        task="lora" if task == "lora" else "sft" if task == "sft" else "pretrain",
+        lora_rank=max(s.whole("dim", "lora_rank", default=16), 1),
+        execution=read_execution(s, framework),
+    )
+
+
+def read_precision(s: Settings, framework: Framework) -> Precision:
+    """Return the recipe of a row with the dtypes of its buffers."""
+    recipe = _recipe(s)
+    changes: dict[str, float] = {}
+    if _reduces_in_16_bit(s, framework):
+        changes |= {"grad_bytes": 2.0, "grad_reduce_bytes": 2.0}
+    if s.flag("use_precision_aware_optimizer", default=False):
+        first = _dtype_bytes(s, "exp_avg_dtype", 4.0)
+        second = _dtype_bytes(s, "exp_avg_sq_dtype", 4.0)
+        changes["moment_bytes"] = first + second
+        changes["master_bytes"] = _dtype_bytes(s, "main_params_dtype", 4.0)
+    if recipe.name.startswith(("fp8", "nvfp4")) and s.flag(
+        "fp8_param_gather", "fp8_params", "fp8_param", default=False
+    ):
+        changes["param_gather_bytes"] = 1.0
+        changes["param_bytes"] = 1.0
+        changes["param_copy_bytes"] = max(recipe.param_copy_bytes - 1.0, 0.0)
+    if framework.name == "composer":
+        changes |= _composer(s)
+    if framework.name in ("torchtitan", "automodel"):
+        # FSDP2 keeps the sharded weights in fp32 and gathers them in 16 bit.
+        changes |= {"master_bytes": 4.0, "param_bytes": 2.0}
+    return replace(recipe, **changes) if changes else recipe  # pyright: ignore[reportArgumentType]
+
+
+def _recipe(s: Settings) -> Precision:
+    name = s.cell("precision").lower() or "bf16"
+    if name == "fp8":
+        detail = s.text("fp8_recipe")
+        for word, recipe in (
+            ("mx", "fp8-mx"),
+            ("block", "fp8-blockwise"),
+            ("tensorwise", "fp8-cs"),
+            ("current", "fp8-cs" if "not stated" not in detail else "fp8"),
+        ):
+            if word in detail:
+                name = recipe
+    try:
+        return precision(name)
+    except JobError:
+        nearest = next((p for p in PRECISIONS if name.startswith(p)), "")
+        nearest = nearest or next((p for p in PRECISION_ALIASES if name.startswith(p)), "bf16")
+        s.assumed.append(f"precision {name!r} is read as {nearest}")
+        return precision(nearest)
+
+
+def _reduces_in_16_bit(s: Settings, framework: Framework) -> bool:
+    if s.flag("grad_reduce_in_bf16", default=False):
+        return True
+    if "16" in s.text("grad_reduce_dtype"):
+        return True
+    default = framework.name not in ("megatron-bridge",)
+    return not s.flag("grad_reduce_in_fp32", default=default)
+
+
+def _dtype_bytes(s: Settings, name: str, default: float) -> float:
+    word = s.text(name)
+    if word and word not in _BYTES:
+        s.assumed.append(f"{name} = {word!r} is read as {default:g} bytes")
+    return _BYTES.get(word, default)
+
+
+def _composer(s: Settings) -> dict[str, float]:
+    """Composer's mixed precision: PURE reduces gradients in 16 bit, DEFAULT in fp32."""
+    pure = s.text("fsdp_mixed_precision", default="pure") == "pure"
+    return {
+        "master_bytes": 4.0,
+        "grad_bytes": 4.0,
+        "grad_reduce_bytes": 2.0 if pure else 4.0,
+    }
+
+
+def read_execution(s: Settings, framework: Framework) -> Execution:
+    """Return the switches of a row."""
+    attention = s.text("attention", "attention_backend", "args.attention_backend")
+    flash = framework.flash_attention
+    if attention:
+        flash = "unfused" not in attention and "not flash" not in attention
+    if s.text("transformer_impl") == "local" and not s.flag("use_flash_attn", default=False):
+        flash = False
+    packed = "packed" in s.text("finetuning_dataset") or "packed" in s.text("dataset")
+    graphs, modules = _cuda_graphs(s)
+    offload = s.whole("cpu_offloading_num_layers") if s.flag("cpu_offloading", default=False) else 0
+    capacity = s.find("moe_expert_capacity_factor")
+    return Execution(
+        overlap_grad_reduce=s.flag("overlap_grad_reduce", default=framework.overlap),
+        overlap_param_gather=s.flag("overlap_param_gather", default=framework.overlap),
+        overlap_tp_comm=s.flag("tp_comm_overlap", "async_tp", default=framework.overlap_tp),
+        overlap_ep_comm=s.flag(
+            "overlap_moe_expert_parallel_comm", "moe_a2a_overlap", default=False
+        ),
+        overlap_pp_comm=framework.overlap_pp,
+        delay_weight_grad=s.flag("delay_wgrad_compute", default=False),
+        cuda_graphs=graphs,
+        graphed_modules=modules,
+        dispatcher=_dispatcher(s),
+        flash_attention=flash,
+        fused_softmax="unfused" not in attention,
+        fused_kernels=_fused_kernels(s, framework),
+        fused_cross_entropy=_fused_cross_entropy(s, framework),
+        fused_wgrad_accumulation=not s.flag("no_gradient_accumulation_fusion", default=False)
+        and s.flag("gradient_accumulation_fusion", default=framework.fused_wgrad_accumulation),
+        grouped_gemm=s.flag("moe_grouped_gemm", default=not s.section("args")),
+        forced_balance=s.flag(
+            "moe_router_force_load_balancing",
+            "moe_force_balanced",
+            "moe_balanced_or_padded",
+            "fake_balanced_gate",
+            default=False,
+        )
+        or capacity is not None,
+        capacity_factor=_capacity(s),
+        shared_expert_overlap=s.flag("moe_shared_expert_overlap", default=False),
+        recompute_every_second_matmul="op" in s.cell("recompute").split("selective:")[-1].split()
+        and "selective:" in s.cell("recompute"),
+        packed_sample_tokens=PACKED_SAMPLE_TOKENS if packed else 0,
+        optimizer_offload_fraction=_fraction(s, "optimizer_offload_fraction"),
+        activation_offload_layers=offload,
+        power_boost=s.flag("vboost", default="with vboost" in s.text("condition")),
+    )
+
+
+def _cuda_graphs(s: Settings) -> tuple[Literal["none", "partial", "full"], frozenset[str]]:
+    kind = s.text("cuda_graph_impl")
+    scope = frozenset(s.items("cuda_graph_scope", "cuda_graph_modules"))
+    if kind in ("", "none"):
+        whole = not kind and s.flag("cuda_graphs", "enable_cuda_graph", default=False)
+        return ("full", frozenset()) if whole else ("none", frozenset())
+    if kind == "full_iteration" or "full_iteration" in scope:
+        return "full", frozenset()
+    known = scope & {"attn", "mamba", "mlp", "moe_router", "moe_preprocess", "moe"}
+    return ("partial", known) if known else ("full", frozenset())
+
+
+def _dispatcher(s: Settings) -> Literal["alltoall", "allgather", "deepep", "hybridep"]:
+    word = s.text("moe_token_dispatcher_type", default="alltoall")
+    backend = s.text("moe_flex_dispatcher_backend")
+    if word == "flex" or (backend and s.find("moe_token_dispatcher_type") is None):
+        return "hybridep" if backend == "hybridep" else "deepep"
+    if word not in ("alltoall", "allgather"):
+        s.assumed.append(f"dispatcher {word!r} is read as alltoall")
+        word = "alltoall"
+    return "allgather" if word == "allgather" else "alltoall"
+
+
+def _fused_kernels(s: Settings, framework: Framework) -> bool:
+    if framework.name == "torchtitan":
+        return s.flag("torch_compile", default=True)
+    if s.text("transformer_impl") == "local":
+        return False
+    if framework.name == "automodel":
+        return "te" in s.text("kernels")
+    return framework.fused_kernels
+
+
+def _fused_cross_entropy(s: Settings, framework: Framework) -> bool:
+    word = s.text("cross_entropy_fusion")
+    if s.find("cross_entropy_loss_fusion") is not None:
+        return s.flag("cross_entropy_loss_fusion", default=True)
+    if word:
+        return word not in ("false", "none")
+    return framework.fused_cross_entropy
+
+
+def _capacity(s: Settings) -> float | None:
+    """Return the factor that token counts are padded to, where a run pads them."""
+    if s.find("moe_expert_capacity_factor") is None:
+        return None
+    if not s.flag("moe_pad_expert_input_to_capacity", default=True):
+        return None
+    return _fraction(s, "moe_expert_capacity_factor") or None
+
+
+def _fraction(s: Settings, name: str) -> float:
+    value = s.find(name)
+    try:
+        return float(value) if isinstance(value, int | float | str) else 0.0
+    except ValueError:
+        return 0.0

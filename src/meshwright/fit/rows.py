@@ -1,0 +1,116 @@
+"""A row of a file of measured runs -> what the cost model prices, and what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from meshwright.cost.memory import Statistic
+from meshwright.describe.cluster import Cluster, build_cluster
+from meshwright.describe.job import Job
+from meshwright.describe.model import Model
+from meshwright.describe.published import build_published
+from meshwright.errors import ModelError, did_you_mean
+from meshwright.fit.framework import framework_of
+from meshwright.fit.read_job import read_job
+from meshwright.fit.read_layout import read_degrees, read_layout
+from meshwright.fit.settings import Settings, read_settings
+from meshwright.parallel.layout import Layout
+
+Rank = Literal["fullest", "first", "last"]
+
+DEFAULT_SEQ_LEN = 8192
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row, understood: what to price, which memory is asked for, what was supplied."""
+
+    model: Model
+    cluster: Cluster
+    job: Job
+    layout: Layout[int]
+    statistic: Statistic
+    rank: Rank
+    is_module: bool
+    assumed: tuple[str, ...]
+
+
+def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
+    """Return the run that a row describes, from its settings alone.
+
+    Raises ``MeshwrightError`` where the row cannot mean anything.
+    """
+    s = read_settings(row)
+    framework = framework_of(s)
+    model = read_model(s, models)
+    seq_len = s.number("seq_len")
+    if seq_len is None:
+        seq_len = DEFAULT_SEQ_LEN
+        s.assumed.append(f"seq_len = {seq_len}: not stated")
+    degrees = read_degrees(s, framework, model, seq_len)
+    job = read_job(s, framework, seq_len, degrees.gbs)
+    made = read_layout(s, framework, model, degrees)
+    cluster = read_cluster(s, degrees.num_gpus)
+    statistic, rank = read_question(s)
+    return Run(
+        model=model,
+        cluster=cluster,
+        job=job,
+        layout=made,
+        statistic=statistic,
+        rank=rank,
+        is_module=s.cell("task") == "module",
+        assumed=(*model.assumed, *cluster.assumed, *s.assumed),
+    )
+
+
+def read_model(s: Settings, models: Mapping[str, Any]) -> Model:
+    """Return the model of a row, with the multi-token prediction that the run trains."""
+    name = s.cell("model")
+    if name not in models:
+        raise ModelError(
+            "model", name, "The file of models does not hold it.", did_you_mean(name, models)
+        )
+    entry = dict(models[name])
+    pattern = entry.get("hybrid_pattern")
+    if isinstance(pattern, str) and "|" in pattern:
+        # Bars part pipeline stages; they are no layers.
+        entry["hybrid_pattern"] = pattern.replace("|", "")
+        entry["num_hidden_layers"] = len(entry["hybrid_pattern"])
+    depths = s.find("mtp_num_layers")
+    if isinstance(depths, int) and not isinstance(depths, bool) and depths >= 0:
+        entry["mtp_layers"] = depths
+    if entry.get("mtp_layers") and depths is None and s.cell("task") in ("sft", "lora"):
+        entry["mtp_layers"] = 0
+    return build_published(name, entry)
+
+
+def read_cluster(s: Settings, num_gpus: int) -> Cluster:
+    """Return the machines of a row."""
+    return build_cluster(
+        s.cell("gpu"),
+        num_gpus,
+        system=s.cell("system"),
+        gpus_per_node=s.number("gpus_per_node"),
+        nvlink_domain=s.number("nvlink_domain"),
+        network=s.cell("internode"),
+        nearest=True,
+    )
+
+
+def read_question(s: Settings) -> tuple[Statistic, Rank]:
+    """Return which memory is asked for, of which rank."""
+    stat, kind = s.cell("peak_memory_stat").lower(), s.cell("peak_memory_kind").lower()
+    statistic: Statistic = "allocated"
+    if "smi" in stat or "device memory in use" in kind:
+        statistic = "nvidia-smi"
+    elif stat == "reserved" or (stat not in ("allocated", "accounting") and "reserved" in kind):
+        statistic = "reserved"
+    rank: Rank = "fullest"
+    if "last" in kind and "stage" in kind:
+        rank = "last"
+    elif "rank 0" in kind or "rank-0" in kind or "embedding" in kind:
+        rank = "first"
+    return statistic, rank
