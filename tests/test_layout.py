@@ -159,6 +159,18 @@ def test_an_empty_text_is_the_smallest_layout(text: str) -> None:
     assert same(from_text(text), layout())
 
 
+def test_chunks_left_out_are_those_that_the_rest_spells_out() -> None:
+    """Provenance: spec (Megatron-LM derives them from the layout; ZB-V has two)."""
+    x = from_text("pp=2 pipeline_layout=Ett|tt|t,m|L")
+    assert (x.vpp, x.schedule) == (2, Pipeline.interleaved)
+    assert from_text("pp=2 pipeline_layout=Ett|ttL").vpp == 1
+    assert from_text("pp=4 pipeline_layout=Ett|ttL").vpp == 1
+    assert from_text("pp=4 schedule=zb_v").vpp == 2
+    assert from_text("pp=2 vpp=1 pipeline_layout=Ett|tt|t|L").vpp == 1
+    with pytest.raises(LayoutError, match="no meaning"):
+        from_text("pp=2 pipeline_layout=Ett|xxL")
+
+
 def test_defaults_follow_the_degrees() -> None:
     """Provenance: spec (the contract)."""
     assert layout(tp=2).sp == 1

@@ -104,7 +104,7 @@ def step_by_step(
     return max(free)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(schedules(), st.integers(0, 2**31))
 def test_simulation_equals_running_the_actions_one_by_one(
     shape: tuple[str, int, int, int, int], seed: int
@@ -118,7 +118,7 @@ def test_simulation_equals_running_the_actions_one_by_one(
         assert run.step_s[i] == pytest.approx(one, rel=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(schedules(), st.integers(0, 2**31))
 def test_a_row_of_a_batch_equals_the_row_alone(
     shape: tuple[str, int, int, int, int], seed: int
@@ -153,7 +153,7 @@ def test_many_rows_are_simulated_in_turns_with_the_same_result(
     assert nothing.step_s.shape == (0,)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(schedules(), st.integers(0, 2**31))
 def test_no_run_is_faster_than_the_bound(shape: tuple[str, int, int, int, int], seed: int) -> None:
     """Provenance: law."""
@@ -227,7 +227,7 @@ def test_a_split_backward_needs_the_seconds_of_its_weight_part() -> None:
         simulate(build_schedule("zb_h1", 2, 1, 4), *even(2))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(schedules(), st.integers(0, 2**31))
 def test_starts_leave_room_for_each_action_on_its_rank(
     shape: tuple[str, int, int, int, int], seed: int
@@ -246,7 +246,7 @@ def test_starts_leave_room_for_each_action_on_its_rank(
         assert end_s[-1] == pytest.approx(run.rank_end_s[0, rank])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(schedules())
 def test_every_action_stands_after_what_it_needs(shape: tuple[str, int, int, int, int]) -> None:
     """Provenance: law. This is the proof that no schedule deadlocks."""
@@ -323,7 +323,7 @@ def held_in_full(schedule: Schedule) -> list[set[tuple[int, ...]]]:
     return found
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(schedules(), st.sampled_from([1, 3, 7]))
 def test_what_is_held_is_that_of_the_whole_schedule(
     shape: tuple[str, int, int, int, int], times_more: int

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import LayoutError, did_you_mean
+from meshwright.parallel.pipeline_layout import read_pipeline_layout
 
 Ints = NDArray[np.int64]
 Int = TypeVar("Int", int, Ints)
@@ -154,7 +155,7 @@ def layout(
     tp: int = 1,
     cp: int = 1,
     pp: int = 1,
-    vpp: int = 1,
+    vpp: int | None = None,
     ep: int = 1,
     etp: int = 1,
     dp: int | None = None,
@@ -179,15 +180,18 @@ def layout(
     """Make one layout, deriving what is left out.
 
     ``dp`` comes from ``gpus``, or is the smallest that both meshes allow when neither is given.
+    ``vpp`` is what ``pipeline_layout`` spells out, 2 for ``zb_v``, else 1.
     ``sp`` is on when ``tp > 1``. ``schedule`` is ``interleaved`` when ``vpp > 1``, else ``1f1b``.
 
     Raises ``LayoutError`` when a degree is below 1 or the world does not hold both meshes.
     """
-    degrees = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "mbs": mbs}
-    derived = {"dp": dp, "gpus": gpus}
+    degrees = {"tp": tp, "cp": cp, "pp": pp, "ep": ep, "etp": etp, "mbs": mbs}
+    derived = {"vpp": vpp, "dp": dp, "gpus": gpus}
     stated = {name: value for name, value in derived.items() if value is not None}
     for name, value in {**degrees, "dp_replicate": dp_replicate, **stated}.items():
         whole_number(f"layout.{name}", value)
+    if vpp is None:
+        vpp = _chunks(pp, pipeline_layout, schedule)
     if dp is None:
         unit = tp * cp * pp
         dp = (gpus or minimum_world_size(tp, cp, pp, ep, etp)) // unit
@@ -236,6 +240,12 @@ def layout(
         pipeline_layout=pipeline_layout,
         hierarchical_cp=hierarchical_cp,
     )
+
+
+def _chunks(pp: int, pipeline_layout: str | None, schedule: Pipeline | None) -> int:
+    if pipeline_layout is not None:
+        return max(1, len(read_pipeline_layout(pipeline_layout)) // pp)
+    return 2 if schedule == Pipeline.zb_v else 1
 
 
 def whole_number(field: str, value: object, low: int = 1, high: int = 2**31 - 1) -> int:
