@@ -64,7 +64,7 @@ class Case:
     @cached_property
     def num_microbatches(self) -> Ints:
         """Micro-batches of one step per pipeline, GBS / (MBS*DP), rounded down; shape [N]."""
-        return self.job.gbs // (self.x.mbs * self.x.dp)
+        return self.job.gbs // np.maximum(self.x.mbs * self.x.dp, 1)
 
 
 Rule = Callable[[Case], Mask]
@@ -154,8 +154,10 @@ def all_checks() -> list[Check]:
 
 def illegal(case: Case) -> Mask:
     """Return [N]: True for a layout on which any error fires."""
-    errors = (c for c in all_checks() if c.severity == "error")
-    return np.logical_or.reduce([case.nowhere, *_masks(case, errors).values()])
+    fires = case.nowhere.copy()
+    for mask in _masks(case, (c for c in all_checks() if c.severity == "error")).values():
+        fires |= mask
+    return fires
 
 
 def judge(case: Case) -> list[list[Finding]]:
@@ -167,7 +169,8 @@ def judge(case: Case) -> list[list[Finding]]:
     found: list[list[Finding]] = [[] for _ in range(num_rows(case.x))]
     impossible = _below_one(case)
     for one, mask in fired.items():
-        for index in np.flatnonzero(mask & (~impossible | (one.topic == "degrees"))).tolist():
+        said = mask if one.name == "degrees_at_least_one" else mask & ~impossible
+        for index in np.flatnonzero(said).tolist():
             found[index].append(one.finding(case, index))
     return found
 

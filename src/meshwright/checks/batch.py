@@ -12,7 +12,7 @@ def _batches(case: Case, at: Layout[int]) -> Mapping[str, object]:
     gbs, unit = case.job.gbs, at.mbs * at.dp
     near = sorted({max(unit, gbs // unit * unit), (gbs // unit + 1) * unit})
     sizes = divisors(gbs // at.dp) if gbs % at.dp == 0 else []
-    smaller = f", or mbs={nearest(sizes, at.mbs)}" if sizes else ""
+    smaller = f"mbs={nearest(sizes, at.mbs)}" if sizes else f"dp={nearest(divisors(gbs), at.dp)}"
     return {"unit": unit, "near": either(near), "smaller": smaller, "rest": gbs % unit}
 
 
@@ -20,7 +20,7 @@ def _batches(case: Case, at: Layout[int]) -> Mapping[str, object]:
 def batch_splits_into_microbatches(case: Case) -> Mask:
     """The global batch must be a multiple of mbs*dp = {mbs}*{dp} = {unit}; {rest} sequences remain.
 
-    Use gbs={near}{smaller}.
+    Use gbs={near}, or {smaller}.
     """
     unit = case.x.mbs * case.x.dp
     return (case.job.gbs % unit != 0) & (case.job.gbs >= unit)
@@ -31,6 +31,6 @@ def batch_fills_every_replica(case: Case) -> Mask:
     """Every replica needs a micro-batch: the global batch must be at least mbs*dp = {mbs}*{dp} =
     {unit}.
 
-    Use gbs={unit}, a smaller dp (more tp, pp or cp){smaller}.
+    Use gbs={unit}, a smaller dp (more tp, pp or cp), or {smaller}.
     """
     return case.job.gbs < case.x.mbs * case.x.dp

@@ -9,7 +9,9 @@ import numpy as np
 
 from meshwright.checks import Case, Mask, check, divisors, either, nearest
 from meshwright.checks.divisibility import recurrence_heads
-from meshwright.parallel.layout import CpComm, Ints, Layout
+from meshwright.cost.columns import distinct_index
+from meshwright.describe.model import OpKind
+from meshwright.parallel.layout import CpComm, Ints, Layout, Layouts, take
 
 
 def _sequences(case: Case, at: Layout[int]) -> Mapping[str, object]:
@@ -20,7 +22,7 @@ def _sequences(case: Case, at: Layout[int]) -> Mapping[str, object]:
         "unit": unit,
         "near": either([n for n in (low, low + unit) if n]),
         "cp_near": nearest(legal, at.cp),
-        "local": case.job.seq_len / at.cp,
+        "local": case.job.seq_len // at.cp,
     }
 
 
@@ -41,21 +43,22 @@ def sequence_splits_over_tp(case: Case) -> Mask:
     Pad to {near} tokens (multiples of {unit}), or lower tp.
     """
     x = case.x
-    return (case.job.seq_len // x.cp % x.tp != 0) & (x.sp == 1) & (x.tp > 1)
+    uneven = case.job.seq_len % (x.cp * x.tp) != 0
+    return uneven & (x.sp == 1) & (x.tp > 1) & (case.job.seq_len % x.cp == 0)
 
 
-def a2a_ranks(x: Layout[Ints], cp: Ints) -> Ints:
+def a2a_ranks(x: Layouts) -> Ints:
     """Return how many ranks of a CP group exchange heads by all-to-all; shape [N].
 
     ``a2a``: all of them; ``a2a+p2p``: the inner level, by default the most square split.
     """
     if x.hierarchical_cp is not None:
-        inner = np.full_like(cp, x.hierarchical_cp[0])
+        inner = np.full_like(x.cp, x.hierarchical_cp[0])
     else:
-        inner = np.ones_like(cp)
-        for size in range(2, math.isqrt(int(cp.max(initial=1))) + 1):
-            inner = np.where((cp % size == 0) & (size * size <= cp), size, inner)
-    ranks = np.where(x.cp_comm == CpComm.a2a, cp, inner)
+        inner = np.ones_like(x.cp)
+        for size in range(2, math.isqrt(int(x.cp.max(initial=1))) + 1):
+            inner = np.where((x.cp % size == 0) & (size * size <= x.cp), size, inner)
+    ranks = np.where(x.cp_comm == CpComm.a2a, x.cp, inner)
     return np.where((x.cp_comm == CpComm.a2a) | (x.cp_comm == CpComm.a2a_p2p), ranks, 1)
 
 
@@ -77,12 +80,15 @@ def a2a_divides_heads(case: Case) -> Mask:
     Use cp={near}, cp_comm=p2p, or cp_comm=a2a+p2p with an inner level of {near}.
     """
     x = case.x
-    if not (x.cp_comm >= CpComm.a2a).any():
-        return case.nowhere
-    ranks = a2a_ranks(x, x.cp)
-    heads = np.maximum(case.model.num_heads // x.tp, 1)
-    kv_heads = np.maximum(case.model.num_kv_heads // x.tp, 1)
-    return ((heads % ranks != 0) | (kv_heads % ranks != 0)) & (x.cp > 1)
+    exchanging = np.flatnonzero((x.cp_comm >= CpComm.a2a) & (x.cp > 1))
+    some, where = distinct_index([c[exchanging] for c in (x.tp, x.cp, x.cp_comm)])
+    rows = take(x, exchanging[some])
+    ranks = a2a_ranks(rows)
+    heads = np.maximum(case.model.num_heads // rows.tp, 1)
+    kv_heads = np.maximum(case.model.num_kv_heads // rows.tp, 1)
+    fires = case.nowhere.copy()
+    fires[exchanging] = ((heads % ranks != 0) | (kv_heads % ranks != 0))[where]
+    return fires
 
 
 def _levels(case: Case, at: Layout[int]) -> Mapping[str, object]:
@@ -127,3 +133,45 @@ def cp_divides_mamba(case: Case) -> Mask:
     x = case.x
     local = np.maximum(groups // x.tp, 1)
     return ((heads % (x.tp * x.cp) != 0) | ((local % x.cp != 0) & (x.cp % local != 0))) & (x.cp > 1)
+
+
+@check("warning", field="layout.cp_comm")
+def ring_sees_whole_sequences(case: Case) -> Mask:
+    """Layers of {model.name} attend within a sliding window, which Transformer Engine's ring
+    attention (cp_comm = {cp_comm}) does not support.
+
+    Use cp_comm=all_gather or cp_comm=a2a.
+    """
+    ops = (op for block in case.model.layer_kinds for op in block.ops)
+    if not any(op.kind is OpKind.attention and op.window for op in ops):
+        return case.nowhere
+    ring = (case.x.cp_comm == CpComm.p2p) | (case.x.cp_comm == CpComm.a2a_p2p)
+    return ring & (case.x.cp > 1)
+
+
+SHORT_TOKENS = 2048
+"""Tokens of a sequence on one rank below which splitting it is called needless."""
+
+
+def _local(case: Case, at: Layout[int]) -> Mapping[str, object]:
+    return {"local": case.job.seq_len // at.cp, "near": max(case.job.seq_len // SHORT_TOKENS, 1)}
+
+
+@check("warning", field="layout.cp", values=_local)
+def cp_has_long_sequences(case: Case) -> Mask:
+    """Context parallelism leaves {local} of {job.seq_len} tokens on a rank: attention over so few
+    does not hide the exchange of keys and values. Guides start it at 8K tokens.
+
+    Use cp={near}.
+    """
+    return (case.x.cp > 1) & (case.job.seq_len < SHORT_TOKENS * case.x.cp)
+
+
+@check("note", field="job.seq_len", id="MLM-ARG-maxpos")
+def positions_cover_the_sequence(case: Case) -> Mask:
+    """{model.name} was configured for {model.max_seq_len} positions.
+
+    Raise max_position_embeddings to the sequence length, and scale its rotary embedding.
+    """
+    known = case.model.max_seq_len or case.job.seq_len
+    return case.nowhere | (case.job.seq_len > known)

@@ -89,7 +89,7 @@ def layout_fills_cluster(case: Case) -> Mask:
     return (replica * x.dp != gpus) & (gpus % replica == 0)
 
 
-def _absent(case: Case) -> Mask:
+def leaves_out_an_axis(case: Case) -> Mask:
     """Return where the order string leaves out an axis that is larger than one."""
     named = case.x.order.lower().split("-")
     absent = [name for name in ("tp", "cp", "ep", "dp", "pp") if name not in named]
@@ -110,7 +110,7 @@ def order_names_every_axis(case: Case) -> Mask:
 
     Use order=tp-cp-ep-dp-pp.
     """
-    return _absent(case)
+    return leaves_out_an_axis(case)
 
 
 def _pipelines(case: Case, at: Layout[int]) -> Mapping[str, object]:
@@ -127,7 +127,7 @@ def meshes_share_pipelines(case: Case) -> Mask:
     """
     if case.x.order.lower().endswith("pp"):
         return case.nowhere
-    comparable = np.flatnonzero(~_absent(case) & (np.asarray(case.x.edp) >= 1))
+    comparable = np.flatnonzero(~leaves_out_an_axis(case) & (np.asarray(case.x.edp) >= 1))
     fires = case.nowhere.copy()
     fires[comparable] = ~pipelines_agree(take(case.x, comparable))
     return fires

@@ -21,7 +21,8 @@ def tp_divides_heads(case: Case) -> Mask:
 
     Use tp={near}.
     """
-    return case.model.num_heads % case.x.tp != 0
+    heads = case.model.num_heads
+    return heads % case.x.tp != 0 if heads else case.nowhere
 
 
 def _kv_heads(case: Case, at: Layout[int]) -> Mapping[str, object]:
@@ -44,10 +45,13 @@ def tp_fits_kv_heads(case: Case) -> Mask:
 
 
 def row_splits(model: Model, holder: Holder) -> Iterator[Op]:
-    """Yield the matmuls whose input features TP (or, for experts, ETP) divides."""
+    """Yield the matmuls whose input features TP (or, for experts, ETP) divides.
+
+    Projections after a mixer are left out: their input is whole heads, which have their own rules.
+    """
     for block in model.block_kinds:
         for op in block.ops:
-            if op.split == "in" and op.holder == holder:
+            if op.split == "in" and op.holder == holder and not op.name.endswith("proj"):
                 yield op
 
 
@@ -72,7 +76,8 @@ def tp_divides_sizes(case: Case) -> Mask:
 
     Use tp={near}.
     """
-    return common_size(case.model, "tp") % case.x.tp != 0
+    size = common_size(case.model, "tp")
+    return size % case.x.tp != 0 if size else case.nowhere
 
 
 def _etp_size(case: Case, at: Layout[int]) -> Mapping[str, object]:
@@ -88,7 +93,8 @@ def etp_divides_expert_size(case: Case) -> Mask:
 
     Use etp={near}.
     """
-    return common_size(case.model, "expert") % case.x.etp != 0
+    size = common_size(case.model, "expert")
+    return size % case.x.etp != 0 if size else case.nowhere
 
 
 def recurrence_heads(model: Model, name: str) -> tuple[int, int]:
@@ -114,7 +120,8 @@ def tp_divides_mamba(case: Case) -> Mask:
 
     Use tp={near}.
     """
-    return math.gcd(*recurrence_heads(case.model, "scan")) % case.x.tp != 0
+    common = math.gcd(*recurrence_heads(case.model, "scan"))
+    return common % case.x.tp != 0 if common else case.nowhere
 
 
 def _delta_net(case: Case, at: Layout[int]) -> Mapping[str, object]:

@@ -28,7 +28,8 @@ def ep_divides_experts(case: Case) -> Mask:
 
     Use ep={near}.
     """
-    return case.model.num_experts % case.x.ep != 0
+    experts = case.model.num_experts
+    return experts % case.x.ep != 0 if experts else case.nowhere
 
 
 @check("error", field="layout.sp", id="MLM-MOE-forward_sp")

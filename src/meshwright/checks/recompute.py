@@ -158,4 +158,4 @@ def uniform_recompute_frees_memory(case: Case) -> Mask:
     """
     uniform = case.x.recompute & (Recompute.full | Recompute.block) == Recompute.full
     layers = _layers_per_stage(case)
-    return uniform & (case.x.recompute_num_layers >= layers) & (layers > 1)
+    return uniform & (case.x.recompute_num_layers == layers) & (layers > 1)

@@ -74,8 +74,7 @@ def expert_optimizer_is_whole(case: Case) -> Mask:
 @check("warning", field="layout.zero")
 def zero_3_with_tp(case: Case) -> Mask:
     """Full sharding gathers each layer's weights over the data ranks while tp = {tp} exchanges its
-    activations: two kinds of traffic that both want the wires, and on GPUs before Blackwell
-    opposite values of CUDA_DEVICE_MAX_CONNECTIONS.
+    activations: two kinds of traffic that want the same wires.
 
     Use tp=1 with zero=optim_grads_params, or zero=optim with tp={tp}.
     """
