@@ -433,16 +433,7 @@ def from_text(text: str, gpus: int | None = None) -> Layout[int]:
 
     Raises ``LayoutError`` naming the key, its value, the rule and the nearest legal spelling.
     """
-    values: dict[str, Any] = {}
-    for item in _BETWEEN_ITEMS.split(text.strip(", ")) if text.strip(", ") else ():
-        key, sign, value = item.partition("=")
-        if not sign:
-            raise LayoutError(
-                "layout", item, "A layout is written as key=value pairs.", 'Write "tp=4 pp=2".'
-            )
-        if key in values:
-            raise LayoutError(f"layout.{key}", value, "It is given twice.", "Give it once.")
-        values[key] = _read_value(key, value)
+    values = {key: _read_value(key, value) for key, value in layout_fields(text).items()}
     edp = values.pop("edp", None)
     if "recompute" in values:
         values["recompute"], values["recompute_num_layers"] = values["recompute"]
@@ -455,6 +446,24 @@ def from_text(text: str, gpus: int | None = None) -> Layout[int]:
             f"Leave edp out, or use edp={made.edp}.",
         )
     return made
+
+
+def layout_fields(text: str) -> dict[str, str]:
+    """Return the keys of layout text and their values as written.
+
+    Raises ``LayoutError`` when an item is no pair or a key stands twice.
+    """
+    pairs: dict[str, str] = {}
+    for item in _BETWEEN_ITEMS.split(text.strip(", ")) if text.strip(", ") else ():
+        key, sign, value = item.partition("=")
+        if not sign:
+            raise LayoutError(
+                "layout", item, "A layout is written as key=value pairs.", 'Write "tp=4 pp=2".'
+            )
+        if key in pairs:
+            raise LayoutError(f"layout.{key}", value, "It is given twice.", "Give it once.")
+        pairs[key] = value
+    return pairs
 
 
 _INTEGERS = (

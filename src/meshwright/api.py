@@ -1,0 +1,352 @@
+"""The verbs as typed functions: what the command line, the web page and the MCP tools call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from meshwright import plan_document, registry
+from meshwright.cost.explain import TERMS, Explanation, explain_term, values
+from meshwright.describe.cluster import Cluster, load_cluster
+from meshwright.describe.gpu import known_gpus, load_gpu
+from meshwright.describe.job import Job
+from meshwright.describe.job import job as make_job
+from meshwright.describe.model import Model
+from meshwright.describe.models import known_models, load_model
+from meshwright.errors import LayoutError, MeshwrightError, did_you_mean
+from meshwright.parallel.layout import Layout, from_text, layout_fields, to_dict, to_text
+from meshwright.parallel.mesh import rank_groups
+from meshwright.plan import Plan, Plans, difference, estimate_plan
+from meshwright.plan import plan as _plan
+from meshwright.search import Progress, read_space
+from meshwright.units import parse
+
+__all__ = [
+    "Cluster",
+    "Job",
+    "Model",
+    "Plan",
+    "Plans",
+    "estimate",
+    "explain",
+    "job",
+    "launch_files",
+    "list_known",
+    "load_cluster",
+    "load_model",
+    "plan",
+    "ranks",
+    "save_plan",
+    "why_not",
+]
+
+DEFAULT_SEQ_LEN = 4096
+DEFAULT_TOKENS_PER_STEP = 4 * 2**20
+
+
+def job(
+    model: Model,
+    seq_len: int | None = None,
+    global_batch_size: int | None = None,
+    precision: str = "bf16",
+    task: str = "pretrain",
+) -> Job:
+    """Make a job; what is left out is assumed and listed in ``assumed``.
+
+    ``seq_len`` in tokens defaults to 4096 (or the model's maximum, if shorter),
+    ``global_batch_size`` in sequences to about 4M tokens.
+
+    Raises ``JobError`` when a size is below 1 or a name is unknown.
+    """
+    assumed: list[str] = []
+    if seq_len is None:
+        seq_len = min(DEFAULT_SEQ_LEN, model.max_seq_len or DEFAULT_SEQ_LEN)
+        assumed.append(f"seq_len = {seq_len} tokens (not given)")
+    if global_batch_size is None:
+        wanted = max(DEFAULT_TOKENS_PER_STEP // max(seq_len, 1), 1)
+        global_batch_size = int(2 ** round(math.log2(wanted)))
+        assumed.append(f"gbs = {global_batch_size} sequences (not given: about 4M tokens a step)")
+    made = make_job(seq_len=seq_len, gbs=global_batch_size, precision_name=precision, task=task)
+    return replace(made, assumed=tuple(assumed))
+
+
+def plan(
+    model: Model,
+    cluster: Cluster,
+    job: Job,
+    *,
+    top: int = 5,
+    fix: Sequence[str] = (),
+    max_memory: str | None = None,
+    pareto: bool = False,
+    progress: Progress | None = None,
+) -> Plans:
+    """Find the ``top`` fastest layouts that fit, and say why.
+
+    ``fix`` limits keys (``"tp=8"``, ``"pp=2..8"``), ``max_memory`` ("72GB") bounds the peak.
+
+    Raises ``MeshwrightError`` when an input cannot work or no layout is legal.
+    """
+    limit = None if max_memory is None else parse(max_memory, "bytes", "max_memory")
+    if limit is not None and limit <= 0:
+        raise MeshwrightError("max_memory", max_memory, "It must be above 0.", "Write 72GB.")
+    return _plan(
+        model,
+        cluster,
+        job,
+        top=top,
+        space=read_space(fix),
+        max_memory_bytes=limit,
+        with_pareto=pareto,
+        progress=progress,
+    )
+
+
+def estimate(model: Model, cluster: Cluster, job: Job, layout: str | Layout[int]) -> Plan:
+    """Price one layout.
+
+    Raises ``LayoutError`` with the first broken rule when it is illegal.
+    """
+    one = from_text(layout, gpus=cluster.num_gpus) if isinstance(layout, str) else layout
+    return estimate_plan(model, cluster, job, one)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """The numbers of a layout, each with the formulas behind it."""
+
+    plan: Plan
+    values: dict[str, float]
+    formulas: dict[str, list[Explanation]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of the command line."""
+        return {
+            "layout": to_dict(self.plan.layout),
+            "terms": {
+                term: {
+                    "value": self.values[term],
+                    "formulas": [f.to_dict() for f in self.formulas[term]],
+                }
+                for term in self.formulas
+            },
+            "assumed": self.plan.estimate.assumed,
+        }
+
+
+def explain(
+    model: Model,
+    cluster: Cluster,
+    job: Job,
+    layout: str | None = None,
+    term: str | None = None,
+) -> Explained:
+    """Return every number of a layout (or one ``term``) with formula, source and what it omits.
+
+    Without ``layout``, the best one is explained.
+
+    Raises ``MeshwrightError`` when the term is unknown or the layout cannot be.
+    """
+    wanted = [term] if term is not None else list(TERMS)
+    formulas = {t: explain_term(t) for t in wanted}
+    chosen = _chosen(model, cluster, job, layout)
+    found = values(chosen.estimate)
+    return Explained(plan=chosen, values={t: found[t] for t in wanted}, formulas=formulas)
+
+
+def _chosen(model: Model, cluster: Cluster, job: Job, layout: str | None) -> Plan:
+    if layout is not None:
+        return estimate(model, cluster, job, layout)
+    plans = plan(model, cluster, job, top=1)
+    if not plans.plans:
+        raise LayoutError("layout", None, "No layout fits.", "Give one with --layout.")
+    return plans.plans[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhyNot:
+    """Two layouts side by side: the one asked about against the one chosen.
+
+    ``refused`` says which rule forbids the other; then it has no price.
+    """
+
+    base: Plan
+    other: Plan | None
+    other_text: str
+    refused: LayoutError | None
+
+    def gap(self) -> dict[str, dict[str, float]]:
+        """Return term by term what the other costs more; the terms add up to the gap."""
+        if self.other is None:
+            return {"time": {}, "memory": {}}
+        return difference(self.other.estimate, self.base.estimate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of the command line."""
+        out: dict[str, Any] = {"base": self.base.to_dict(), "other_layout": self.other_text}
+        if self.refused is not None:
+            error = self.refused
+            return out | {
+                "refused": {
+                    "field": error.field,
+                    "value": error.value,
+                    "rule": error.rule,
+                    "remedy": error.remedy,
+                }
+            }
+        assert self.other is not None
+        a, b = self.other.estimate, self.base.estimate
+        return out | {
+            "other": self.other.to_dict(),
+            "step_time_difference_s": a.step_time_s - b.step_time_s,
+            "peak_difference_bytes": a.peak_bytes - b.peak_bytes,
+            "difference": self.gap(),
+        }
+
+
+def why_not(model: Model, cluster: Cluster, job: Job, layout: str | None, change: str) -> WhyNot:
+    """Return what ``change`` ("tp=8 pp=2") to a layout costs, or which rule forbids it.
+
+    Keys that the change leaves out stay; ``dp`` follows from the GPUs. Without ``layout`` the best
+    one is changed.
+    """
+    base = _chosen(model, cluster, job, layout)
+    kept = layout_fields(to_text(base.layout))
+    changed = layout_fields(change)
+    for derived in ("dp", "edp"):
+        kept.pop(derived, None)
+    if "tp" in changed:
+        kept.pop("sp", None)
+    if "vpp" in changed or "pp" in changed:
+        kept.pop("pipeline_layout", None)
+    if "vpp" in changed:
+        kept.pop("schedule", None)
+    text = " ".join(f"{k}={v}" for k, v in {**kept, **changed}.items())
+    try:
+        other = estimate(model, cluster, job, text)
+    except LayoutError as error:
+        return WhyNot(base=base, other=None, other_text=text, refused=error)
+    return WhyNot(base=base, other=other, other_text=text, refused=None)
+
+
+def ranks(gpus: int, layout: str = "") -> dict[str, list[list[int]]]:
+    """Return the process groups of a layout by name.
+
+    Raises ``LayoutError`` when the layout does not fill ``gpus`` ranks.
+    """
+    x = from_text(layout, gpus=gpus)
+    return rank_groups(
+        gpus,
+        tp=x.tp,
+        cp=x.cp,
+        pp=x.pp,
+        ep=x.ep,
+        etp=x.etp,
+        order=x.order,
+        hierarchical_cp=x.hierarchical_cp,
+        vpp=x.vpp,
+    )
+
+
+def launch_files(plan: Plan, framework: str, launcher: str = "torchrun") -> dict[str, str]:
+    """Return the launch files of a plan for a framework, text by path.
+
+    Raises ``MeshwrightError`` when the framework is unknown or cannot express the plan.
+    """
+    from meshwright.frameworks import launch_files as written
+
+    return written(plan.model, plan.cluster, plan.job, plan.layout, framework, launcher)
+
+
+def save_plan(plan: Plan, path: str, *, model_text: str, cluster_text: str) -> None:
+    """Write a plan as TOML, whole or not at all.
+
+    Raises ``DocumentError`` when the file cannot be written.
+    """
+    plan_document.save(plan, Path(path), model_text=model_text, cluster_text=cluster_text)
+
+
+LISTS = ("gpus", "models", "checks", "schedules", "frameworks", "terms")
+
+
+def list_known(what: str) -> list[dict[str, Any]]:
+    """Return what meshwright knows of ``gpus``, ``models``, ``checks``, ``schedules``, ...
+
+    Raises ``MeshwrightError`` when there is no such list.
+    """
+    makers = {
+        "gpus": _gpus,
+        "models": _models,
+        "checks": _checks,
+        "schedules": _schedules,
+        "frameworks": _frameworks,
+        "terms": _terms,
+    }
+    if what not in makers:
+        raise MeshwrightError("list", what, "There is no such list.", did_you_mean(what, makers))
+    return makers[what]()
+
+
+def _gpus() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name in known_gpus():
+        gpu = load_gpu(name)
+        rows.append(
+            {
+                "name": gpu.name,
+                "architecture": gpu.architecture,
+                "hbm_bytes": gpu.hbm_bytes,
+                "hbm_bytes_per_s": gpu.hbm_bytes_per_s,
+                "bf16_flops_per_s": gpu.peak_flops_per_s.get("bf16", 0.0),
+                "peer_bytes_per_s": gpu.peer_bytes_per_s,
+                "source": gpu.sources.get("default", ""),
+            }
+        )
+    return rows
+
+
+def _models() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": m.name,
+            "model_type": m.model_type,
+            "num_params": m.num_params,
+            "num_active_params": m.num_active_params,
+        }
+        for m in known_models()
+    ]
+
+
+def _checks() -> list[dict[str, Any]]:
+    from meshwright.checks import all_checks
+
+    return [
+        {"id": c.id, "severity": c.severity, "field": c.field, "rule": c.rule, "remedy": c.remedy}
+        for c in all_checks()
+    ]
+
+
+def _schedules() -> list[dict[str, Any]]:
+    package = "meshwright.parallel.schedules"
+    rows: list[dict[str, Any]] = []
+    for name in registry.names(package):
+        doc = registry.load(package, name, field="schedule").__doc__ or ""
+        rows.append({"name": name, "what": doc.strip().splitlines()[0]})
+    return rows
+
+
+def _frameworks() -> list[dict[str, Any]]:
+    from meshwright.frameworks import FRAMEWORKS
+
+    return [{"name": name} for name in FRAMEWORKS]
+
+
+def _terms() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for term in TERMS:
+        first = explain_term(term)[0]
+        rows.append({"name": term, "what": first.what, "source": first.source})
+    return rows

@@ -1,0 +1,364 @@
+"""How answers look on a terminal: short tables, plain sentences, no colour when piped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from meshwright.units import format_bytes, format_count, format_flops_per_s, format_s, format_value
+
+if TYPE_CHECKING:
+    from meshwright.api import Explained, WhyNot
+    from meshwright.cost.detail import Estimate
+    from meshwright.describe.cluster import Cluster
+    from meshwright.describe.job import Job
+    from meshwright.describe.model import Model
+    from meshwright.findings import Finding
+    from meshwright.parallel.layout import Layout
+    from meshwright.plan import Plan, Plans
+
+PIPED_WIDTH = 140
+"""Columns when nobody watches: wide enough that no cell is cut."""
+
+
+def console() -> Console:
+    """Return the console for answers; piped output is never narrowed or coloured."""
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on standard output."""
+    print(json.dumps(value, indent=2))
+
+
+@contextmanager
+def progress_bar() -> Generator[Callable[[str, int, int], None]]:
+    """Yield a function that reports progress: a bar on standard error while a person watches."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, of: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=1)
+        yield lambda what, done, of: progress.update(
+            task, description=what, completed=done, total=max(of, 1)
+        )
+
+
+def show_plans(plans: Plans, model: Model, cluster: Cluster, job: Job) -> None:
+    """Print the answer of ``plan``."""
+    out = console()
+    out.print(
+        f"[bold]{model.name}[/] ({format_count(model.num_params)} parameters, "
+        f"{format_count(model.num_active_params)} active) on [bold]{cluster.name}[/]: "
+        f"{job.gbs} sequences of {job.seq_len} tokens a step, {job.precision.name}, {job.task}"
+    )
+    found = plans.found
+    out.print(
+        f"Looked at {found.candidates:,} layouts: {found.legal:,} legal, {found.fit:,} fit, "
+        f"{found.simulated:,} simulated, in {format_s(found.seconds)}."
+    )
+    if not plans.plans:
+        _show_nothing_fits(plans, out)
+        return
+    out.print(_ranking(plans.plans))
+    best = plans.plans[0]
+    _show_detail(best, out)
+    out.print("\n[bold]Why it won[/]")
+    for line in best.why:
+        out.print(f"  - {line}")
+    _show_starting_points(plans, out)
+    if plans.pareto:
+        _show_pareto(plans, out)
+    _show_findings(best.findings, out)
+    _show_assumed(best.estimate, out)
+    _show_layout_text(best.layout, out)
+
+
+def show_plan(plan: Plan) -> None:
+    """Print the answer of ``estimate``."""
+    out = console()
+    out.print(_ranking([plan]))
+    _show_detail(plan, out)
+    _show_findings(plan.findings, out)
+    _show_assumed(plan.estimate, out)
+
+
+def short_layout(x: Layout[int]) -> str:
+    """Return the degrees and the choices that differ from the usual, on one line."""
+    from meshwright.parallel.layout import CpComm, Zero, to_dict
+
+    shown = to_dict(x)
+    words = [f"tp={x.tp}", f"pp={x.pp}"]
+    words += [f"{k}={shown[k]}" for k in ("vpp", "cp", "ep", "etp") if shown[k] > 1]
+    words += [f"dp={x.dp}", f"mbs={x.mbs}"]
+    if x.cp > 1 and x.cp_comm != CpComm.p2p:
+        words.append(shown["cp_comm"])
+    if x.zero != Zero.optim:
+        words.append(shown["zero"])
+    if x.dp_replicate > 1:
+        words.append(f"x{x.dp_replicate} replicas")
+    if x.recompute:
+        words.append(f"recompute={shown['recompute']}")
+    if shown["schedule"].startswith(("zb", "gpipe")):
+        words.append(shown["schedule"])
+    if x.tp > 1 and not x.sp:
+        words.append("no sp")
+    if x.pipeline_layout or x.account_for_loss or x.first or x.last:
+        words.append("uneven")
+    return " ".join(words)
+
+
+def _ranking(plans: Sequence[Plan]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("#", justify="right")
+    table.add_column("layout", overflow="fold")
+    for name in ("step", "tokens/s/GPU", "MFU", "peak", "margin", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for place, plan in enumerate(plans, 1):
+        e = plan.estimate
+        table.add_row(
+            str(place),
+            short_layout(plan.layout),
+            format_s(e.step_time_s),
+            f"{e.tokens_per_s_per_gpu:,.0f}",
+            f"{e.mfu_fraction:.1%}",
+            format_bytes(e.peak_bytes),
+            f"{e.margin_fraction:.0%}",
+            e.verdict,
+        )
+    return table
+
+
+def _show_detail(plan: Plan, out: Console) -> None:
+    e = plan.estimate
+    out.print(f"\n[bold]Where the memory goes[/] (GPU offers {format_bytes(e.capacity_bytes)})")
+    out.print(_memory_table(e))
+    peak = format_flops_per_s(e.model_flops_per_s_per_gpu)
+    out.print(f"\n[bold]Where the time goes[/] (exposed, slowest rank; {peak} per GPU)")
+    out.print(_time_table(e))
+
+
+def _memory_table(e: Estimate) -> Table:
+    from meshwright.cost.step import MEMORY_TERMS
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage", justify="right")
+    table.add_column("layers", justify="right")
+    for term in MEMORY_TERMS:
+        table.add_column(term.removesuffix("_bytes"), justify="right", no_wrap=True)
+    table.add_column("peak", justify="right", no_wrap=True)
+    for names, stage in _merged(e.stages, MEMORY_TERMS):
+        cells = [format_bytes(stage[term]) for term in MEMORY_TERMS]
+        table.add_row(names, str(stage["layers"]), *cells, format_bytes(stage["peak_bytes"]))
+    return table
+
+
+def _merged(
+    stages: Sequence[Mapping[str, Any]], terms: Sequence[str]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return runs of neighbouring stages that hold the same as one line each."""
+    runs: list[list[Mapping[str, Any]]] = []
+    for stage in stages:
+        key = [round(stage[t], 3) for t in terms] + [stage["layers"]]
+        if runs and key == [round(runs[-1][0][t], 3) for t in terms] + [runs[-1][0]["layers"]]:
+            runs[-1].append(stage)
+        else:
+            runs.append([stage])
+    return [
+        (f"{r[0]['stage']}" if len(r) == 1 else f"{r[0]['stage']}-{r[-1]['stage']}", r[0])
+        for r in runs
+    ]
+
+
+def _time_table(e: Estimate) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column("term")
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("share", justify="right")
+    for term, seconds in e.time.items():
+        if seconds >= 5e-5 * e.step_time_s:
+            name = term.removesuffix("_s").replace("_", " ")
+            table.add_row(name, format_s(seconds), f"{seconds / e.step_time_s:.1%}")
+    table.add_row("[bold]step[/]", f"[bold]{format_s(e.step_time_s)}[/]", "100%")
+    return table
+
+
+def _show_starting_points(plans: Plans, out: Console) -> None:
+    if not plans.starting_points:
+        return
+    out.print("\n[bold]What the guides would start with[/]")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("guide", "layout"):
+        table.add_column(name, overflow="fold")
+    for name in ("step", "peak", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for start in plans.starting_points:
+        e = start.plan.estimate
+        table.add_row(
+            start.name,
+            short_layout(start.plan.layout),
+            format_s(e.step_time_s),
+            format_bytes(e.peak_bytes),
+            e.verdict,
+        )
+    out.print(table)
+
+
+def _show_pareto(plans: Plans, out: Console) -> None:
+    out.print("\n[bold]Memory against time[/] (each line is the fastest within its memory)")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("peak", justify="right", no_wrap=True)
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("layout", overflow="fold")
+    for one in plans.pareto:
+        table.add_row(
+            format_bytes(one.peak_bytes), format_s(one.step_time_s), short_layout(one.layout)
+        )
+    out.print(table)
+
+
+def _show_nothing_fits(plans: Plans, out: Console) -> None:
+    closest = plans.closest
+    assert closest is not None
+    e = closest.estimate
+    missing = format_bytes(max(e.peak_bytes - e.capacity_bytes, 0.0))
+    out.print(f"\n[bold]Nothing fits.[/] The closest layout needs {missing} more per GPU:")
+    out.print(_ranking([closest]))
+    _show_detail(closest, out)
+    small = plans.smallest_cluster
+    if small is None:
+        out.print("\nNo larger cluster of these GPUs works either.")
+    else:
+        out.print(
+            f"\nThe smallest cluster that works: [bold]{small.cluster.name}[/] "
+            f"({small.layout.world_size} GPUs)"
+        )
+        out.print(_ranking([small]))
+    _show_assumed(e, out)
+
+
+def _show_findings(findings: Sequence[Finding], out: Console) -> None:
+    for finding in findings:
+        out.print(f"{finding.severity} [{finding.id}] {finding.message}", markup=False)
+
+
+def _show_assumed(e: Estimate, out: Console) -> None:
+    if e.assumed:
+        out.print("\nAssumed:")
+        for line in e.assumed:
+            out.print(f"  - {line}", markup=False)
+
+
+def _show_layout_text(x: Layout[int], out: Console) -> None:
+    from meshwright.parallel.layout import to_text
+
+    out.print("\nThe best layout, for --layout:")
+    print(f'"{to_text(x)}"')
+
+
+def show_explanation(told: Explained) -> None:
+    """Print the answer of ``explain``: a line a term, or everything about one."""
+    out = console()
+    out.print(short_layout(told.plan.layout))
+    if len(told.formulas) > 1:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("term", "value", "what", "source"):
+            table.add_column(name, overflow="fold", justify="right" if name == "value" else "left")
+        for term, formulas in told.formulas.items():
+            value = format_value(term, told.values[term])
+            table.add_row(term, value, formulas[0].what, formulas[0].source)
+        out.print(table)
+        out.print(
+            "\nFor formulas and what they leave out, name a term: meshwright explain ... TERM"
+        )
+        return
+    for term, formulas in told.formulas.items():
+        out.print(f"\n[bold]{term}[/] = {format_value(term, told.values[term])}")
+        for formula in formulas:
+            out.print(f"\n{formula.what}", markup=False)
+            for label, text in (
+                ("formula", formula.formula),
+                ("source", formula.source),
+                ("left out", formula.left_out),
+            ):
+                if text:
+                    out.print(f"  {label}: {text}", markup=False)
+
+
+def show_why_not(answer: WhyNot) -> None:
+    """Print two layouts side by side, the difference term by term."""
+    out = console()
+    out.print(f"asked:  {answer.other_text}", markup=False)
+    if answer.refused is not None:
+        out.print(f"It is not legal. {answer.refused}", markup=False)
+        return
+    assert answer.other is not None
+    out.print(_ranking([answer.base, answer.other]))
+    gap = answer.gap()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("term")
+    for name in ("1", "2", "2 - 1"):
+        table.add_column(name, justify="right", no_wrap=True)
+    a, b = answer.base.estimate, answer.other.estimate
+    for unit, formatter in (("time", format_s), ("memory", format_bytes)):
+        first: dict[str, float] = getattr(a, unit)
+        second: dict[str, float] = getattr(b, unit)
+        for term, change in gap[unit].items():
+            if first[term] or second[term]:
+                cells = (formatter(first[term]), formatter(second[term]))
+                table.add_row(term, *cells, _signed(change, formatter))
+        total = sum(gap[unit].values())
+        name = "step_time_s" if unit == "time" else "peak_bytes"
+        cells = (formatter(sum(first.values())), formatter(sum(second.values())))
+        table.add_row(f"[bold]{name}[/]", *cells, _signed(total, formatter))
+    out.print(table)
+
+
+def _signed(value: float, formatter: Callable[[float], str]) -> str:
+    return f"{'-' if value < 0 else '+'}{formatter(abs(value))}"
+
+
+def show_groups(groups: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    """Print process groups, a few of each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("group")
+    table.add_column("groups", justify="right")
+    table.add_column("ranks each", justify="right")
+    table.add_column("ranks", overflow="fold")
+    for name, members in groups.items():
+        some = " ".join(_short(g) for g in members[:4]) + (" ..." if len(members) > 4 else "")
+        sizes = sorted({len(g) for g in members})
+        table.add_row(name, str(len(members)), "-".join(map(str, sizes)), some)
+    console().print(table)
+
+
+def _short(ranks: Sequence[int]) -> str:
+    shown = ",".join(map(str, ranks[:8])) + (",..." if len(ranks) > 8 else "")
+    return f"({shown})"
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print records as a table, quantities with their units."""
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in rows[0]:
+        table.add_column(name.split("_bytes")[0] if "bytes" in name else name, overflow="fold")
+    for record in rows:
+        table.add_row(*(_cell(k, v) for k, v in record.items()))
+    console().print(table)
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return format_count(value) if "params" in name else format_value(name, value)
+    return str(value)

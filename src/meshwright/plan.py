@@ -1,0 +1,319 @@
+"""The plan: one layout with its price, its findings and the reasons it was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from meshwright.checks import Case, judge_one
+from meshwright.cost.detail import TIME_TERMS, Estimate, estimate
+from meshwright.cost.step import MEMORY_TERMS
+from meshwright.describe.cluster import Cluster, build_cluster
+from meshwright.describe.job import Job
+from meshwright.describe.model import Model
+from meshwright.errors import LayoutError
+from meshwright.findings import Finding
+from meshwright.parallel.layout import Layout, table, to_dict
+from meshwright.search import Found, Progress, Ranked, Space, search
+from meshwright.units import format_bytes, format_s
+
+LARGEST_CLUSTER = 65_536
+"""GPUs up to which a smallest working cluster is looked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One layout of a job on a cluster: its price, what the rules say of it, and why it was chosen.
+
+    ``differences`` to another plan are made by ``compare``.
+    """
+
+    model: Model
+    cluster: Cluster
+    job: Job
+    layout: Layout[int]
+    estimate: Estimate
+    findings: list[Finding]
+    why: list[str] = field(default_factory=list[str])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of the command line."""
+        return {
+            "layout": to_dict(self.layout),
+            "estimate": self.estimate.to_dict(),
+            "findings": [f.to_dict() for f in self.findings],
+            "why": self.why,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartingPlan:
+    """What a guide would start with, priced as any layout is."""
+
+    name: str
+    source: str
+    plan: Plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of the command line."""
+        return {"name": self.name, "source": self.source, **self.plan.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plans:
+    """The answer of ``plan``: the best layouts in order, or what is closest when nothing fits.
+
+    ``pareto`` is the front of peak memory against step time. ``smallest_cluster`` is the number of
+    GPUs of the same kind on which something fits, and a layout that does.
+    """
+
+    found: Found
+    plans: list[Plan]
+    pareto: list[Ranked]
+    starting_points: list[StartingPlan]
+    closest: Plan | None = None
+    smallest_cluster: Plan | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of the command line."""
+        out: dict[str, Any] = {
+            "searched": {
+                "candidates": self.found.candidates,
+                "legal": self.found.legal,
+                "fit": self.found.fit,
+                "simulated": self.found.simulated,
+                "seconds": self.found.seconds,
+            },
+            "plans": [p.to_dict() for p in self.plans],
+            "pareto": [
+                {
+                    "layout": to_dict(r.layout),
+                    "step_time_s": r.step_time_s,
+                    "peak_bytes": r.peak_bytes,
+                }
+                for r in self.pareto
+            ],
+            "starting_points": [s.to_dict() for s in self.starting_points],
+        }
+        if self.closest is not None:
+            out["closest"] = {
+                **self.closest.to_dict(),
+                "missing_bytes": max(
+                    self.closest.estimate.peak_bytes - self.closest.estimate.capacity_bytes, 0.0
+                ),
+            }
+        if self.smallest_cluster is not None:
+            out["smallest_cluster"] = {
+                "gpus": self.smallest_cluster.layout.world_size,
+                **self.smallest_cluster.to_dict(),
+            }
+        return out
+
+
+def estimate_plan(model: Model, cluster: Cluster, job: Job, layout: Layout[int]) -> Plan:
+    """Price one layout and judge it.
+
+    Raises ``LayoutError`` with the first broken rule when the layout is illegal. A layout that
+    does not fit is legal: its price says so.
+    """
+    x = table([layout])
+    for finding in judge_one(Case(model=model, job=job, x=x, cluster=cluster)):
+        if finding.severity == "error":
+            raise LayoutError(finding.field, finding.value, finding.rule, finding.remedy)
+    price = estimate(model, cluster, job, layout)
+    priced = Case(
+        model=model,
+        job=job,
+        x=x,
+        cluster=cluster,
+        peak_bytes=np.array([price.peak_bytes]),
+        capacity_bytes=price.capacity_bytes,
+    )
+    return Plan(
+        model=model,
+        cluster=cluster,
+        job=job,
+        layout=layout,
+        estimate=price,
+        findings=judge_one(priced),
+    )
+
+
+def plan(
+    model: Model,
+    cluster: Cluster,
+    job: Job,
+    *,
+    top: int = 5,
+    space: Space | None = None,
+    max_memory_bytes: float | None = None,
+    with_pareto: bool = False,
+    progress: Progress | None = None,
+) -> Plans:
+    """Search for the ``top`` fastest layouts that fit and explain them.
+
+    When nothing fits, ``plans`` is empty, ``closest`` is the layout that misses by least and
+    ``smallest_cluster`` the smallest cluster of the same GPUs on which a layout fits.
+
+    Raises ``LayoutError`` when no layout at all is legal.
+    """
+    found = search(
+        model,
+        cluster,
+        job,
+        top=top,
+        space=space,
+        max_memory_bytes=max_memory_bytes,
+        with_pareto=with_pareto,
+        progress=progress,
+    )
+    if found.closest is None:
+        raise _nothing_legal(model, cluster, job, space)
+    starts = _starting_plans(model, cluster, job)
+    plans = [estimate_plan(model, cluster, job, r.layout) for r in found.best]
+    if plans:
+        plans[0] = replace(plans[0], why=_why(plans, starts, found))
+        for i in range(1, len(plans)):
+            plans[i] = replace(plans[i], why=[_gap("It takes", plans[i], plans[0], "the best")])
+        return Plans(found=found, plans=plans, pareto=found.pareto, starting_points=starts)
+    return Plans(
+        found=found,
+        plans=[],
+        pareto=[],
+        starting_points=starts,
+        closest=estimate_plan(model, cluster, job, found.closest.layout),
+        smallest_cluster=_smallest_cluster(model, cluster, job, space, max_memory_bytes, progress),
+    )
+
+
+def _nothing_legal(model: Model, cluster: Cluster, job: Job, space: Space | None) -> LayoutError:
+    limits = ", ".join(f"{k} in {list(v)}" for k, v in (space or Space()).allowed.items())
+    return LayoutError(
+        "plan",
+        limits or f"gbs = {job.gbs} on {cluster.num_gpus} GPUs",
+        f"No layout is legal: the batch of {job.gbs} must be a multiple of mbs*dp, "
+        f"dp*cp*tp*pp must be {cluster.num_gpus}, and tp must divide {model.num_heads} heads.",
+        "Loosen the limits, or use a batch with more divisors.",
+    )
+
+
+def _smallest_cluster(
+    model: Model,
+    cluster: Cluster,
+    job: Job,
+    space: Space | None,
+    max_memory_bytes: float | None,
+    progress: Progress | None,
+) -> Plan | None:
+    """Return a plan on the first larger cluster, by whole nodes, on which something fits.
+
+    Sizes tried are 2^k and 3*2^k nodes: between them hardly any batch divides.
+    """
+    nodes = max(cluster.num_nodes, 1)
+    sizes = sorted({2**k for k in range(18)} | {3 * 2**k for k in range(16)})
+    for count in sizes:
+        gpus = count * cluster.gpus_per_node
+        if count <= nodes or gpus > LARGEST_CLUSTER:
+            continue
+        larger = with_gpus(cluster, gpus)
+        found = search(
+            model,
+            larger,
+            job,
+            top=1,
+            space=space,
+            max_memory_bytes=max_memory_bytes,
+            progress=progress,
+        )
+        if found.best:
+            return estimate_plan(model, larger, job, found.best[0].layout)
+    return None
+
+
+def with_gpus(cluster: Cluster, num_gpus: int) -> Cluster:
+    """Return a cluster of the same GPUs, nodes and links with another number of GPUs."""
+    usual = build_cluster(
+        cluster.gpu.name, num_gpus, gpus_per_node=min(cluster.gpus_per_node, num_gpus)
+    )
+    return replace(cluster, num_gpus=num_gpus, nvlink_domain=usual.nvlink_domain, name=usual.name)
+
+
+def _starting_plans(model: Model, cluster: Cluster, job: Job) -> list[StartingPlan]:
+    try:
+        from meshwright.starting_points import layouts
+    except ImportError:
+        return []
+
+    out: list[StartingPlan] = []
+    for point, layout in layouts(model, cluster, job):
+        priced = estimate_plan(model, cluster, job, layout)
+        out.append(StartingPlan(name=point.name, source=point.source, plan=priced))
+    return out
+
+
+def difference(a: Estimate, b: Estimate) -> dict[str, dict[str, float]]:
+    """Return term by term what ``a`` costs more than ``b``: the terms add up to the gap.
+
+    ``time`` in seconds sums to the gap of the step times, ``memory`` in bytes to that of the peaks.
+    """
+    return {
+        "time": {k: a.time[k] - b.time[k] for k in TIME_TERMS},
+        "memory": {k: a.memory[k] - b.memory[k] for k in MEMORY_TERMS},
+    }
+
+
+def _why(plans: Sequence[Plan], starts: Sequence[StartingPlan], found: Found) -> list[str]:
+    best = plans[0]
+    e = best.estimate
+    why = [
+        f"It is the fastest of {found.fit:,} layouts that fit, of {found.legal:,} legal ones.",
+        f"Its fullest rank needs {format_bytes(e.peak_bytes)} of "
+        f"{format_bytes(e.capacity_bytes)}: {e.margin_fraction:.0%} stays free.",
+        _where_time_goes(e),
+    ]
+    other = next((p for p in plans[1:] if _degrees(p.layout) != _degrees(best.layout)), None)
+    if other is not None:
+        label = f"The next best with other degrees ({_degrees(other.layout)}) takes"
+        why.append(_gap(label, other, best, "it"))
+    fitting = [s for s in starts if s.plan.estimate.margin_fraction >= 0]
+    for start in sorted(fitting or starts, key=lambda s: s.plan.estimate.step_time_s)[:1]:
+        label = f"The guides' start ({start.name}: {_degrees(start.plan.layout)}) takes"
+        why.append(_gap(label, start.plan, best, "it") + _misfit(start.plan.estimate))
+    return why
+
+
+def _misfit(e: Estimate) -> str:
+    if e.margin_fraction >= 0:
+        return ""
+    return f" It does not fit: {format_bytes(e.peak_bytes - e.capacity_bytes)} too much."
+
+
+def _degrees(x: Layout[int]) -> str:
+    shown = [f"tp={x.tp}", f"pp={x.pp}"]
+    shown += [f"{k}={v}" for k, v in (("vpp", x.vpp), ("cp", x.cp), ("ep", x.ep)) if v > 1]
+    return " ".join(shown)
+
+
+def _where_time_goes(e: Estimate) -> str:
+    parts = sorted(e.time.items(), key=lambda kv: -kv[1])[:3]
+    shown = ", ".join(f"{k[:-2].replace('_', ' ')} {v / e.step_time_s:.0%}" for k, v in parts)
+    return f"Where its step goes: {shown}."
+
+
+def _gap(label: str, slower: Plan, faster: Plan, than: str) -> str:
+    """Say how much longer a plan takes and which terms make the gap."""
+    gap = slower.estimate.step_time_s - faster.estimate.step_time_s
+    share = gap / faster.estimate.step_time_s
+    terms = difference(slower.estimate, faster.estimate)["time"]
+    large = [(k, v) for k, v in terms.items() if abs(v) >= 0.1 * max(abs(gap), 1e-9)]
+    large.sort(key=lambda kv: -abs(kv[1]))
+    shown = ", ".join(
+        f"{k[:-2].replace('_', ' ')} {'+' if v > 0 else '-'}{format_s(abs(v))}"
+        for k, v in large[:4]
+    )
+    longer = "longer" if gap >= 0 else "less"
+    text = f"{label} {format_s(abs(gap))} ({abs(share):.1%}) {longer} than {than}"
+    return f"{text}: {shown}." if shown else f"{text}."
