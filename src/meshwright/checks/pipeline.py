@@ -175,6 +175,29 @@ def last_group_feeds_every_stage(case: Case) -> Mask:
     return (rest > 0) & (rest < case.x.pp) & _interleaves(case.x)
 
 
+def _rounds(case: Case, at: Layout[int]) -> Mapping[str, object]:
+    m = case.job.gbs // (at.mbs * at.dp)
+    rounds = max(m // at.pp, 1)
+    near = sorted({m // rounds * rounds, (m // rounds + 1) * rounds} - {0})
+    return {
+        "rounds": rounds,
+        "near": either([n * at.mbs * at.dp for n in near]),
+        "value": m,
+    }
+
+
+@check("error", field="num_microbatches", values=_rounds)
+def zero_bubble_rounds_are_equal(case: Case) -> Mask:
+    """zb_h1 sends its {num_microbatches} micro-batches in {rounds} rounds (micro-batches // pp),
+    which must have equal sizes.
+
+    Use gbs={near}, or schedule=1f1b.
+    """
+    m = case.num_microbatches
+    rounds = np.maximum(m // np.maximum(case.x.pp, 1), 1)
+    return (m % rounds != 0) & (case.x.schedule == Pipeline.zb_h1)
+
+
 @check("error", field="layout.pp", id="MLM-ARG-vpp_pp2_nooverlap")
 def interleaving_two_ranks_needs_overlap(case: Case) -> Mask:
     """Interleaving over pp = 2 ranks needs the overlap of their communication.

@@ -82,7 +82,8 @@ class Cluster:
     @property
     def scale_up_domain(self) -> int:
         """Return how many consecutive ranks are joined by ``intra_node``."""
-        return self.nvlink_domain if self.nvlink_domain > 1 else self.gpus_per_node
+        joined = self.nvlink_domain if self.nvlink_domain > 1 else self.gpus_per_node
+        return min(joined, self.num_gpus)
 
     @property
     def capacity_bytes(self) -> int:
