@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meshwright import plan_document, registry
 from meshwright.cost.explain import TERMS, Explanation, explain_term, values
@@ -24,6 +24,9 @@ from meshwright.plan import plan as _plan
 from meshwright.search import Progress, read_space
 from meshwright.units import parse
 
+if TYPE_CHECKING:
+    from meshwright.verify.numerics import VerifyReport
+
 __all__ = [
     "Cluster",
     "Job",
@@ -40,6 +43,7 @@ __all__ = [
     "plan",
     "ranks",
     "save_plan",
+    "verify",
     "why_not",
 ]
 
@@ -267,6 +271,35 @@ def save_plan(plan: Plan, path: str, *, model_text: str, cluster_text: str) -> N
     Raises ``DocumentError`` when the file cannot be written.
     """
     plan_document.save(plan, Path(path), model_text=model_text, cluster_text=cluster_text)
+
+
+def verify(
+    layout: str,
+    *,
+    model: str | None = None,
+    dtype: str = "float32",
+    timeout_s: float = 120.0,
+) -> VerifyReport:
+    """Run a layout on local processes against one process; needs ``meshwright[runtime]``.
+
+    ``model`` gives the structure, made small; without it a small one that the layout can use.
+
+    Raises ``LayoutError`` before anything starts when the layout cannot run, ``LaunchError`` when
+    a rank fails or ``timeout_s`` passes.
+    """
+    try:
+        from meshwright.verify.numerics import verify as verified
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        rule = "Running a layout needs PyTorch."
+        remedy = "pip install 'meshwright[runtime]'"
+        raise MeshwrightError("torch", None, rule, remedy) from None
+    if model is None:
+        return verified(layout, dtype=dtype, timeout_s=timeout_s)
+    from meshwright.runtime.shape import shape_of
+
+    return verified(layout, shape_of(load_model(model)), dtype, timeout_s)
 
 
 LISTS = ("gpus", "models", "checks", "schedules", "frameworks", "terms")

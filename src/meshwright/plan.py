@@ -16,8 +16,9 @@ from meshwright.describe.job import Job
 from meshwright.describe.model import Model
 from meshwright.errors import LayoutError
 from meshwright.findings import Finding
-from meshwright.parallel.layout import Layout, table, to_dict
+from meshwright.parallel.layout import Layout, table, to_dict, to_text
 from meshwright.search import Found, Progress, Ranked, Space, search
+from meshwright.starting_points import layouts
 from meshwright.units import format_bytes, format_s
 
 LARGEST_CLUSTER = 65_536
@@ -242,16 +243,15 @@ def with_gpus(cluster: Cluster, num_gpus: int) -> Cluster:
 
 
 def _starting_plans(model: Model, cluster: Cluster, job: Job) -> list[StartingPlan]:
-    try:
-        from meshwright.starting_points import layouts
-    except ImportError:
-        return []
 
-    out: list[StartingPlan] = []
+    out: dict[str, StartingPlan] = {}
     for point, layout in layouts(model, cluster, job):
-        priced = estimate_plan(model, cluster, job, layout)
-        out.append(StartingPlan(name=point.name, source=point.source, plan=priced))
-    return out
+        # Several guides may start with the same layout: the first to say so is named.
+        if to_text(layout) not in out:
+            priced = estimate_plan(model, cluster, job, layout)
+            start = StartingPlan(name=point.name, source=point.source, plan=priced)
+            out[to_text(layout)] = start
+    return list(out.values())
 
 
 def difference(a: Estimate, b: Estimate) -> dict[str, dict[str, float]]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from meshwright.findings import Finding
     from meshwright.parallel.layout import Layout
     from meshwright.plan import Plan, Plans
+    from meshwright.verify.numerics import VerifyReport
 
 PIPED_WIDTH = 140
 """Columns when nobody watches: wide enough that no cell is cut."""
@@ -362,3 +363,27 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return format_count(value) if "params" in name else format_value(name, value)
     return str(value)
+
+
+def show_verified(report: VerifyReport) -> None:
+    """Print the answer of ``verify``: every rank's place, the losses, the largest differences."""
+    from meshwright.parallel.mesh import coordinates, dense_mesh
+
+    out = console()
+    x = report.layout
+    degrees = f"TP={x.tp} PP={x.pp} DP={x.dp}"
+    degrees += "".join(f" {k}={v}" for k, v in (("CP", x.cp), ("EP", x.ep)) if v > 1)
+    out.print(f"{degrees} ({report.ranks} ranks, {report.dtype})")
+    mesh = dense_mesh(x)
+    for rank in range(report.ranks):
+        place = " ".join(f"{k}={v}" for k, v in coordinates(mesh, rank).items())
+        out.print(f"  rank {rank}: {place}")
+    for name, losses in (("losses", report.losses), ("one process", report.reference_losses)):
+        out.print(f"{name:>12}: " + "  ".join(f"{loss:.9g}" for loss in losses))
+    out.print(
+        f"largest relative differences: loss {report.max_loss_diff:.1e}, "
+        f"gradient {report.max_grad_diff:.1e}, parameter {report.max_param_diff:.1e} "
+        f"(worst: {report.worst})"
+    )
+    word = "[bold]equal[/]" if report.ok else "[bold red]not equal[/]"
+    out.print(f"The layout and one process are {word}, in {format_s(report.seconds)}.")

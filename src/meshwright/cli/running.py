@@ -1,0 +1,35 @@
+"""Commands that prove: verify."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from meshwright.cli.planning import AsJson, LayoutText
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(verify)
+
+
+def verify(
+    layout: LayoutText,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Whose structure to use, made small.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or float64.")] = "float32",
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds until a silent rank counts as dead.")
+    ] = 120.0,
+    json: AsJson = False,
+) -> None:
+    """Run a layout on local processes and compare it with one process."""
+    from meshwright import api
+    from meshwright.cli.show import print_json, show_verified
+
+    report = api.verify(layout, model=model, dtype=dtype, timeout_s=timeout)
+    print_json(report.to_dict()) if json else show_verified(report)
+    if not report.ok:
+        raise typer.Exit(1)
