@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from meshwright.checks import DEGREES, Case, Mask, check, divisors, either, nearest
-from meshwright.parallel.layout import Layout, minimum_world_size, take
+from meshwright.parallel.layout import Layout, minimum_world_size, take, with_columns
 from meshwright.parallel.mesh import pipelines_agree
 
 
@@ -114,8 +114,8 @@ def order_names_every_axis(case: Case) -> Mask:
 
 
 def _pipelines(case: Case, at: Layout[int]) -> Mapping[str, object]:
-    del case
-    return {"dense": at.tp * at.cp, "expert": at.ep * at.etp}
+    etp = at.etp if case.model.is_moe else at.tp
+    return {"dense": at.tp * at.cp, "expert": at.ep * etp}
 
 
 @check("error", field="layout.order", id="MLM-PS-pp_last", values=_pipelines)
@@ -129,7 +129,10 @@ def meshes_share_pipelines(case: Case) -> Mask:
         return case.nowhere
     comparable = np.flatnonzero(~leaves_out_an_axis(case) & (np.asarray(case.x.edp) >= 1))
     fires = case.nowhere.copy()
-    fires[comparable] = ~pipelines_agree(take(case.x, comparable))
+    rows = take(case.x, comparable)
+    if not case.model.is_moe:
+        rows = with_columns(rows, etp=rows.tp)
+    fires[comparable] = ~pipelines_agree(rows)
     return fires
 
 
