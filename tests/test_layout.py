@@ -199,7 +199,7 @@ def test_defaults_follow_the_degrees() -> None:
         ("recompute=full:uniform", "layout.recompute"),
         ("recompute=full:block:0", "layout.recompute"),
         ("hierarchical_cp=2xtwo", "layout.hierarchical_cp"),
-        ("tp=4 dp=2 ep=3", "layout.world_size"),
+        ("tp=4 dp=2 ep=3", "layout.ep"),
         ("tp=2 dp=2 edp=3", "layout.edp"),
         ("dp=2 dp_replicate=3", "layout.dp_replicate"),
         ("first=-1", "layout.first"),

@@ -212,7 +212,7 @@ def test_a_table_with_a_missing_axis_is_refused_when_any_row_needs_it() -> None:
 @pytest.mark.parametrize(
     ("wrong", "field"),
     [
-        ({"gpus": 6, "tp": 4}, "layout.world_size"),
+        ({"gpus": 6, "tp": 4}, "layout.tp"),
         ({"gpus": 0}, "layout.gpus"),
         ({"gpus": -8}, "layout.gpus"),
         ({"gpus": 2**40}, "layout.gpus"),

@@ -17,7 +17,7 @@ from typing import Any, Generic, SupportsIndex, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.errors import LayoutError, did_you_mean
+from meshwright.errors import LayoutError, did_you_mean, nearest_divisors
 from meshwright.parallel.pipeline_layout import read_pipeline_layout
 
 Ints = NDArray[np.int64]
@@ -279,17 +279,31 @@ def minimum_world_size(tp: int, cp: int, pp: int, ep: int, etp: int) -> int:
 
 
 def check_world_size(gpus: int, *, tp: int, cp: int, pp: int, ep: int, etp: int) -> None:
-    """Raise ``LayoutError`` unless ``gpus`` is a multiple of PP*lcm(TP*CP, EP*ETP)."""
+    """Raise ``LayoutError`` unless ``gpus`` is a multiple of PP*lcm(TP*CP, EP*ETP).
+
+    A degree that alone does not divide the GPUs is the one that is named.
+    """
     unit = minimum_world_size(tp, cp, pp, ep, etp)
-    if gpus % unit:
-        nearest = sorted({max(unit, gpus // unit * unit), (gpus // unit + 1) * unit})
-        raise LayoutError(
-            "layout.world_size",
-            gpus,
-            f"GPUs must be a multiple of pp*lcm(tp*cp, ep*etp) = {pp}*lcm({tp * cp}, {ep * etp})"
-            f" = {unit}, so that the dense and the expert mesh both cover every rank.",
-            f"Use {' or '.join(map(str, nearest))} GPUs, or other degrees.",
-        )
+    if gpus % unit == 0:
+        return
+    nearest = sorted({max(unit, gpus // unit * unit), (gpus // unit + 1) * unit})
+    worlds = " or ".join(map(str, nearest))
+    for name, degree in (("tp", tp), ("cp", cp), ("pp", pp), ("ep", ep), ("etp", etp)):
+        if gpus % degree and degree < gpus:
+            near = " or ".join(f"{name}={d}" for d in nearest_divisors(gpus, degree))
+            raise LayoutError(
+                f"layout.{name}",
+                degree,
+                f"Groups of {name} have equal size, so it must divide the {gpus} GPUs.",
+                f"Use {near}; or {worlds} GPUs.",
+            )
+    raise LayoutError(
+        "layout.world_size",
+        gpus,
+        f"GPUs must be a multiple of pp*lcm(tp*cp, ep*etp) = {pp}*lcm({tp * cp}, {ep * etp})"
+        f" = {unit}, so that the dense and the expert mesh both cover every rank.",
+        f"Use {worlds} GPUs, or other degrees.",
+    )
 
 
 def table(rows: list[Layout[int]]) -> Layouts:
