@@ -1,0 +1,234 @@
+"""What is wrong with a launch before it starts: the framework's own rules, then the layout's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from meshwright.errors import MeshwrightError
+from meshwright.findings import Finding, Severity
+from meshwright.frameworks.launch import FRAMEWORKS, Launch
+from meshwright.frameworks.read import read_launch
+from meshwright.parallel.layout import Layout, table, to_dict
+
+if TYPE_CHECKING:
+    from meshwright.cost.detail import Estimate
+    from meshwright.describe.cluster import Cluster
+    from meshwright.describe.job import Job
+    from meshwright.describe.model import Model
+
+_ORDER: Final[dict[Severity, int]] = {"error": 0, "warning": 1, "note": 2}
+_OWN_RULES: Final = frozenset({"megatron-lm", "megatron-bridge"})
+"""Frameworks whose own examination is complete: Megatron's rules are not asked a second time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """What is known of a launch: findings (errors first), layout, model, job and price.
+
+    ``layout`` is None when the settings make none; ``estimate`` when a cluster, the model or the
+    job is not known, or the launch would not start.
+    """
+
+    launch: Launch
+    findings: list[Finding]
+    layout: Layout[int] | None = None
+    model: Model | None = None
+    job: Job | None = None
+    cluster: Cluster | None = None
+    estimate: Estimate | None = None
+    unread: tuple[str, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing that was found would stop the launch."""
+        return not any(f.severity == "error" for f in self.findings)
+
+    @property
+    def grids(self) -> dict[str, dict[str, int]] | None:
+        """Return both process grids over the same ranks, outermost axis first."""
+        return None if self.layout is None else grids(self.layout)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of the command line."""
+        out: dict[str, Any] = {
+            "framework": self.launch.framework,
+            "ok": self.ok,
+            "findings": [f.to_dict() for f in self.findings],
+            "layout": None if self.layout is None else to_dict(self.layout),
+            "grids": self.grids,
+            "launch": self.launch.to_dict(),
+            "unread": list(self.unread),
+        }
+        if self.model is not None:
+            out["model"] = self.model.name
+        if self.estimate is not None:
+            out["estimate"] = self.estimate.to_dict()
+        return out
+
+
+def grids(x: Layout[int]) -> dict[str, dict[str, int]]:
+    """Return the dense and the expert grid: DP*CP*TP = EDP*EP*ETP ranks a pipeline stage."""
+    return {
+        "dense": {"pp": x.pp, "dp": x.dp, "cp": x.cp, "tp": x.tp},
+        "expert": {"pp": x.pp, "edp": x.edp, "ep": x.ep, "etp": x.etp},
+    }
+
+
+def check(
+    source: str | Path | Sequence[str],
+    *,
+    gpus: int | None = None,
+    cluster: str | None = None,
+    framework: str | None = None,
+    env: Mapping[str, object] | None = None,
+) -> CheckResult:
+    """Check a launch: a file, or the words of a command.
+
+    ``cluster`` ("64xH100") adds topology, memory and time; its GPUs are the world where the launch
+    does not state one. Raises ``MeshwrightError`` when the input cannot be read at all.
+    """
+    from meshwright.describe.cluster import load_cluster
+
+    machine = None if cluster is None else load_cluster(cluster)
+    launch = read_launch(source, gpus=gpus, framework=framework, env=env)
+    if machine is not None and gpus is None and launch.gpus is None:
+        launch = read_launch(source, gpus=machine.num_gpus, framework=framework, env=env)
+    return check_launch_read(launch, machine or launch.cluster())
+
+
+def check_launch_read(launch: Launch, cluster: Cluster | None = None) -> CheckResult:
+    """Check a launch that was read already."""
+    findings = list(launch.findings)
+    stopped = any(f.severity == "error" for f in findings)
+    layout, problem = _try(launch.layout)
+    model, shape_problem = _try(launch.model)
+    job, _ = _try(lambda: launch.job(layout))
+    if not stopped:
+        findings += [_finding(p) for p in (problem, shape_problem) if p is not None]
+    findings += _told(launch)
+    estimate = None
+    if layout is not None and model is not None and job is not None:
+        fits = cluster is None or cluster.num_gpus == layout.world_size
+        legal = not stopped and problem is None
+        judged, estimate = _judge(model, job, layout, cluster if fits else None, legal)
+        findings += _new(findings, judged, launch.framework)
+        if cluster is not None and not fits:
+            findings.append(_other_size(cluster, layout))
+    findings.sort(key=lambda f: _ORDER[f.severity])
+    return CheckResult(
+        launch=launch,
+        findings=findings,
+        layout=layout,
+        model=model,
+        job=job,
+        cluster=cluster,
+        estimate=estimate,
+        unread=launch.unread,
+    )
+
+
+def _try(make: Any) -> tuple[Any, MeshwrightError | None]:
+    try:
+        return make(), None
+    except MeshwrightError as error:
+        return None, error
+
+
+def _finding(error: MeshwrightError, severity: Severity = "error") -> Finding:
+    return Finding(
+        id=f"unusable.{error.field.rpartition('.')[2]}",
+        severity=severity,
+        field=error.field,
+        value=error.value,
+        rule=error.rule,
+        remedy=error.remedy,
+        message=str(error),
+    )
+
+
+def _judge(
+    model: Model, job: Job, x: Layout[int], cluster: Cluster | None, legal: bool
+) -> tuple[list[Finding], Estimate | None]:
+    """Return what the rules say of the layout, and its price when it would run."""
+    from meshwright.checks import Case, judge_one
+
+    case = Case(model=model, job=job, x=table([x]), cluster=cluster)
+    judged = judge_one(case)
+    if not legal or cluster is None or any(f.severity == "error" for f in judged):
+        return judged, None
+    import numpy as np
+
+    from meshwright.cost.detail import estimate
+
+    price = estimate(model, cluster, job, x)
+    priced = replace(
+        case, peak_bytes=np.array([price.peak_bytes]), capacity_bytes=price.capacity_bytes
+    )
+    return judge_one(priced), price
+
+
+def _new(said: Iterable[Finding], judged: Iterable[Finding], framework: str) -> list[Finding]:
+    """Return what the rules add; a framework that asked its own rules is not asked again."""
+    ids = {f.id for f in said}
+    own = framework in _OWN_RULES
+    return [
+        f
+        for f in judged
+        if f.id not in ids and not (own and f.severity == "error" and f.id.startswith("MLM-"))
+    ]
+
+
+def _told(launch: Launch) -> list[Finding]:
+    """Return what the launch does without saying so that no rule of its framework tells."""
+    words = launch.words
+    found: list[Finding] = []
+    if launch.gpus is None:
+        found.append(
+            Finding(
+                id="gpus_unknown",
+                severity="note",
+                field="gpus",
+                value=None,
+                rule="The launch does not say how many processes it starts.",
+                remedy="Give --gpus; the smallest world is assumed.",
+                message="gpus: the launch does not say how many processes it starts; the smallest"
+                " world is assumed. Give --gpus.",
+            )
+        )
+    connections = launch.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    sharded = words.get("use_torch_fsdp2") or words.get("use_megatron_fsdp")
+    if sharded and connections == "1" and launch.framework not in _OWN_RULES:
+        found.append(
+            Finding(
+                id="MLM-ENV-fsdp",
+                severity="warning",
+                field="CUDA_DEVICE_MAX_CONNECTIONS",
+                value=connections,
+                rule="Fully sharded training overlaps gathers with compute over several queues;"
+                " with one connection the overlap is lost without a message.",
+                remedy="Unset CUDA_DEVICE_MAX_CONNECTIONS, or use 16 or 32.",
+                message="CUDA_DEVICE_MAX_CONNECTIONS = 1 with fully sharded training: the overlap"
+                " is lost without a message. Unset it, or use 16 or 32.",
+            )
+        )
+    return found
+
+
+def _other_size(cluster: Cluster, x: Layout[int]) -> Finding:
+    rule = f"The launch starts {x.world_size} processes; the cluster has {cluster.num_gpus} GPUs."
+    remedy = f"Start {cluster.num_gpus} processes, or check on {x.world_size} GPUs."
+    return Finding(
+        id="cluster_size",
+        severity="error" if x.world_size > cluster.num_gpus else "warning",
+        field="gpus",
+        value=x.world_size,
+        rule=rule,
+        remedy=remedy,
+        message=f"gpus = {x.world_size}: {rule} {remedy}",
+    )
+
+
+__all__ = ["FRAMEWORKS", "CheckResult", "check", "check_launch_read", "grids"]

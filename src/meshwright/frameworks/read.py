@@ -1,0 +1,329 @@
+"""Reading any launch: which framework it is for, and what it says.
+
+A script is parsed, never run; YAML, TOML and Python are read as data. What could not be read is
+listed in the launch, not guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Final, Literal
+
+from meshwright.errors import DocumentError, LaunchError, did_you_mean
+from meshwright.frameworks import overrides as paths
+from meshwright.frameworks.launch import FRAMEWORKS, TITLES, Launch, Reading
+from meshwright.frameworks.launchers import Counts, Started, sbatch_counts, started
+from meshwright.frameworks.overrides import Override
+from meshwright.frameworks.shell import Command, Script, Word, parse
+from meshwright.frameworks.shell_words import MAX_BYTES
+
+Kind = Literal["shell", "yaml", "toml", "python", "dump"]
+
+_PROGRAMS: Final = {
+    "megatron-lm": r"pretrain_(gpt|mamba|hybrid|bert|t5|vlm|retro)\w*\.py$|megatron/training",
+    "megatron-bridge": r"run_recipe\.py$|megatron[./]bridge|run_plugin|setup_experiment\.py$",
+    "nemo": r"^nemo$|nemo[./]collections",
+    "skyrl": r"skyrl",
+    "verl": r"^verl[./]|/verl/|^verl$",
+    "torchtitan": r"torchtitan|run_train\.sh$",
+}
+_MEGATRON_FLAGS: Final = frozenset(
+    {
+        "--tensor-model-parallel-size",
+        "--pipeline-model-parallel-size",
+        "--num-layers",
+        "--hidden-size",
+        "--num-attention-heads",
+        "--micro-batch-size",
+        "--global-batch-size",
+        "--seq-length",
+        "--use-distributed-optimizer",
+    }
+)
+_PATHS: Final = {
+    "skyrl": r"trainer\.(policy|placement|ref)\.|generator\.inference_engine\.|megatron_config\."
+    r"|trainer\.policy_mini|trainer\.micro_train|micro_train_batch_size_per_gpu$|placement\.num_",
+    "verl": r"actor_rollout_ref\.|trainer\.n_gpus_per_node$|critic\.|algorithm\.adv",
+    "nemo": r"trainer\.strategy\.|MegatronStrategy\.|trainer\.(devices|num_nodes)$"
+    r"|model\.config\.|GPTConfig\.",
+    "megatron-bridge": r"(model|train|ddp|comm_overlap|dist|mixed_precision|scheduler|validation)"
+    r"\.(?!config\.)|mixed_precision$|GPTModelProvider\.|(optimizer|checkpoint|logger|dataset)\.",
+    "torchtitan": r"(parallelism|activation_checkpoint|compile)\.|training\.(local_batch|num_tok"
+    r"|max_context|seq_len|steps)|(job|experimental)\.",
+}
+_TITAN_FLAG: Final = re.compile(
+    r"--(parallelism|training|activation_checkpoint|compile|comm|checkpoint|optimizer|metrics"
+    r"|profiler|model|debug)\.[a-z_.\-]+(=.*)?",
+    re.DOTALL,
+)
+
+
+def read_launch(
+    source: str | Path | Sequence[str],
+    *,
+    gpus: int | None = None,
+    framework: str | None = None,
+    env: Mapping[str, object] | None = None,
+) -> Launch:
+    """Read a launch from a file, or from the words of a command.
+
+    ``gpus`` overrides what the launch says; ``framework`` states what it is for where the content
+    does not tell. ``env`` are environment variables and facts of the machine as in
+    ``check_launch``; the script's own exports come first.
+
+    Raises ``DocumentError`` when the file cannot be used and ``LaunchError`` when it is not clear
+    which framework it is for.
+    """
+    if framework is not None and framework not in FRAMEWORKS:
+        remedy = did_you_mean(framework, FRAMEWORKS)
+        raise LaunchError("framework", framework, "It is not a known framework.", remedy)
+    if gpus is not None and not 1 <= gpus <= 2**20:
+        raise LaunchError("gpus", gpus, "It lies between 1 and 1048576.", "Use 1 or more.")
+    if isinstance(source, str | Path):
+        text = read_text(Path(source))
+        return read_document(text, str(source), gpus=gpus, framework=framework, env=env)
+    words = tuple(Word(str(text), 0) for text in source)
+    command = Command(words=words, line=0, env={})
+    script = Script(commands=(command,), sbatch=(), env={}, unread=())
+    return _from_script(script, gpus, framework, env)
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text. Raises ``DocumentError`` when it is missing, a folder or too large."""
+    try:
+        if not path.is_file():
+            remedy = "Give the path of a launch script or configuration."
+            raise DocumentError("file", str(path), "There is no such file.", remedy)
+        size = path.stat().st_size
+        if size > 64 * MAX_BYTES:
+            rule = f"A launch has at most {64 * MAX_BYTES} bytes; this has {size}."
+            raise DocumentError("file", str(path), rule, "Give the launch script itself.")
+        return path.read_bytes().decode("utf-8", errors="replace")
+    except (OSError, ValueError) as error:
+        if isinstance(error, DocumentError):
+            raise
+        raise DocumentError("file", str(path), f"It cannot be read: {error}.", "") from None
+
+
+def read_document(
+    text: str,
+    name: str,
+    *,
+    gpus: int | None = None,
+    framework: str | None = None,
+    env: Mapping[str, object] | None = None,
+) -> Launch:
+    """Read a launch from the text of a file called ``name``; see ``read_launch``."""
+    kind = _kind_of(text, name)
+    if kind == "dump":
+        from meshwright.frameworks.megatron_lm.read import read_dump
+
+        reading = read_dump(text[: 8 * MAX_BYTES])
+        return _launch("megatron-lm", reading, gpus or reading.gpus, {}, ())
+    if kind == "shell":
+        return _from_script(parse(text), gpus, framework, env)
+    origin = Path(name).name
+    if len(text) > MAX_BYTES:
+        rule = f"A configuration has at most {MAX_BYTES} characters."
+        raise DocumentError("file", name, rule, "Give the launch configuration itself.")
+    readers = {"yaml": paths.from_yaml, "toml": paths.from_toml, "python": paths.from_python}
+    found = readers[kind](text, origin)
+    framework = framework or _framework_of("", [], found)
+    return _read_overrides(framework, found, None, gpus, {}, env, ())
+
+
+def _kind_of(text: str, name: str) -> Kind:
+    suffix = Path(name).suffix.lower()
+    if suffix in (".yaml", ".yml", ".json"):
+        return "yaml"
+    if suffix in (".toml", ".py"):
+        return "toml" if suffix == ".toml" else "python"
+    head = text[: 4 * MAX_BYTES]
+    if re.search(r"-{4,} arguments -{4,}", head):
+        return "dump"
+    return "yaml" if head.lstrip().startswith("{") else "shell"
+
+
+def _from_script(
+    script: Script,
+    gpus: int | None,
+    framework: str | None,
+    env: Mapping[str, object] | None,
+) -> Launch:
+    around = sbatch_counts(script)
+    found: list[tuple[Started, str]] = []
+    unclear: LaunchError | None = None
+    for command in script.commands:
+        candidate = _candidate(command, around)
+        if candidate is None:
+            continue
+        try:
+            named = _framework_of(candidate.program.text, candidate.args, _overrides(candidate))
+            found.append((candidate, framework or named))
+        except LaunchError as error:
+            if framework is not None and len(candidate.args) > 0:
+                found.append((candidate, framework))
+            elif len(error.remedy) and error.value:
+                unclear = unclear or error
+    if not found:
+        raise unclear or LaunchError(
+            "launch",
+            None,
+            "No training of a known framework is started here.",
+            f"State --framework, one of {', '.join(FRAMEWORKS)}.",
+        )
+    chosen, name = found[0]
+    more = [f"line {s.line} also starts {s.program.text}; not read" for s, _ in found[1:4]]
+    unread = (*script.unread, *chosen.unread, *more)
+    stated = gpus or chosen.counts.total or None
+    environment = {**chosen.env}
+    if name == "megatron-lm":
+        from meshwright.frameworks.megatron_lm.read import read
+
+        reading = read(chosen.args, stated, {**environment, **(env or {})})
+        launch = _launch(name, reading, stated, environment, unread)
+    else:
+        launch = _read_overrides(name, _overrides(chosen), chosen, gpus, environment, env, unread)
+    return _with_machine(launch, chosen, script)
+
+
+def _candidate(command: Command, around: Counts) -> Started | None:
+    """Return what a command starts; of an unknown launcher, the first Python program in it."""
+    first = started(command, around)
+    if first is not None and _looks_like_program(first.program.text):
+        return first
+    for at, word in enumerate(command.words):
+        if word.text.endswith(".py") or (at and command.words[at - 1].text == "-m"):
+            rest = Command(words=command.words[at:], line=command.line, env=command.env)
+            return started(rest, around)
+    if any(w.text.partition("=")[0] in _MEGATRON_FLAGS for w in command.words) or (
+        command.line == 0 and first is None
+    ):
+        return Started(
+            program=Word("", command.line),
+            args=command.words,
+            env=command.env,
+            counts=around,
+            line=command.line,
+        )
+    return first
+
+
+def _looks_like_program(text: str) -> bool:
+    return text.endswith((".py", ".sh")) or any(re.search(p, text) for p in _PROGRAMS.values())
+
+
+def _overrides(candidate: Started) -> list[Override]:
+    """Return the arguments that are settings by path; ``--a.b c`` and ``--a.b=c`` are, too."""
+    found: list[Override] = []
+    args = candidate.args
+    for at, word in enumerate((candidate.program, *args)):
+        if _TITAN_FLAG.fullmatch(word.text):
+            found.append(_dotted_flag(word, args[at] if at < len(args) else None))
+        elif word.text.startswith("--") and "=" in word.text:
+            continue
+        else:
+            override = paths.from_word(word)
+            if override is not None:
+                found.append(override)
+    return found
+
+
+def _dotted_flag(word: Word, following: Word | None) -> Override:
+    name, sign, value = word.text.removeprefix("--").partition("=")
+    path = name.replace("-", "_")
+    if sign:
+        found = paths.from_word(Word(f"{path}={value}", word.line, word.variables, word.unknown))
+        if found is not None:
+            return found
+    if following is None or following.text.startswith("--") or following.text == "":
+        return Override(path, True, paths.origin_of(word, word.text))
+    value = following.text if following.unknown else paths.value_of(following.text)
+    return Override(path, value, paths.origin_of(following, word.text), following.unknown)
+
+
+def _framework_of(program: str, args: Sequence[Word], found: Sequence[Override]) -> str:
+    """Return the framework that program and settings point to.
+
+    Raises ``LaunchError`` when none or several do, equally.
+    """
+    scores: dict[str, int] = dict.fromkeys(FRAMEWORKS, 0)
+    for name, pattern in _PROGRAMS.items():
+        scores[name] += 100 * bool(program and re.search(pattern, program))
+    flags = [w.text.partition("=")[0] for w in args[:2000]]
+    scores["megatron-lm"] += sum(f.replace("_", "-") in _MEGATRON_FLAGS for f in flags)
+    scores["torchtitan"] += sum(2 for f in flags if _TITAN_FLAG.fullmatch(f))
+    scores["megatron-bridge"] += 50 * ("--recipe" in flags)
+    scores["nemo"] += 50 * ("--factory" in flags)
+    for override in found[:2000]:
+        for name, pattern in _PATHS.items():
+            if re.match(pattern, override.path):
+                scores[name] += 2
+                break
+    best = max(scores.values())
+    names = [name for name in FRAMEWORKS if scores[name] == best]
+    if best == 0 or len(names) > 1:
+        rule = "The framework cannot be told from its content."
+        if best:
+            rule = f"It could be for {' or '.join(TITLES[n] for n in names)}."
+        remedy = f"State --framework, one of {', '.join(FRAMEWORKS)}."
+        raise LaunchError("framework", program or None, rule, remedy)
+    return names[0]
+
+
+def _read_overrides(
+    framework: str,
+    found: Sequence[Override],
+    chosen: Started | None,
+    gpus: int | None,
+    environment: Mapping[str, str],
+    env: Mapping[str, object] | None,
+    unread: Sequence[str],
+) -> Launch:
+    module = import_module(f"meshwright.frameworks.{framework.replace('-', '_')}.read")
+    known = [o for o in found if not o.unknown]
+    lost = [f"{o.origin}: {' '.join(o.unknown)} is not known" for o in found if o.unknown]
+    started_by = chosen.counts.total if chosen is not None else 0
+    reading: Reading = module.read(
+        known, chosen, gpus or started_by or None, {**environment, **(env or {})}
+    )
+    world = gpus or reading.gpus or started_by or None
+    return _launch(framework, reading, world, environment, (*unread, *lost))
+
+
+def _launch(
+    framework: str,
+    reading: Reading,
+    gpus: int | None,
+    env: Mapping[str, str],
+    unread: Sequence[str],
+) -> Launch:
+    return Launch(
+        framework=framework,
+        settings=reading.settings,
+        argv=tuple(reading.argv),
+        gpus=gpus,
+        gpus_per_node=reading.gpus_per_node,
+        env=env,
+        findings=tuple(reading.findings),
+        unread=tuple(dict.fromkeys((*reading.unread, *unread))),
+        assumed=tuple(reading.assumed),
+    )
+
+
+def _with_machine(launch: Launch, chosen: Started, script: Script) -> Launch:
+    """Add what the batch options say of the machine: ``--gres=gpu:h100:8``."""
+    from dataclasses import replace
+
+    per_node = chosen.counts.gpus_per_node or (
+        chosen.counts.per_node if chosen.counts.torchrun else 0
+    )
+    gres = re.search(r"gpu:([A-Za-z][\w-]{1,40}):\d", " ".join(script.sbatch))
+    return replace(
+        launch,
+        gpus_per_node=launch.gpus_per_node or per_node or None,
+        gpu=gres[1] if gres else "",
+    )

@@ -1,0 +1,446 @@
+"""Reading shell scripts without running them: which commands they start, with which words.
+
+Variables, defaults, quotes, line continuations, arrays, integer arithmetic, ``export`` and simple
+conditions are followed. What only a running shell knows (the output of a command, a sourced file,
+an argument of the script) is listed in ``Script.unread``. Loops are read once, unknown conditions
+as true.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from meshwright.errors import DocumentError
+from meshwright.frameworks.shell_numbers import condition, matches
+from meshwright.frameworks.shell_words import (
+    MAX_BYTES,
+    NAME,
+    Token,
+    Variables,
+    Word,
+    expand,
+    expand_one,
+    tokens,
+)
+
+__all__ = ["Command", "Script", "Word", "parse"]
+
+MAX_NESTED: Final = 3
+MOST_UNREAD: Final = 200
+_ASSIGNMENT: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,255})(\[[^]=]{0,64}\])?(\+?)=(.*)", re.S)
+_DECLARING: Final = frozenset({"export", "declare", "local", "readonly", "typeset"})
+_SEPARATORS: Final = frozenset({"\n", ";", "&", "&&", "||", "|", ";;", "(", ")"})
+_REDIRECTIONS: Final = frozenset({"<", ">", ">>", "&>", ">&", "<&", "<<<"})
+_SHELLS: Final = frozenset({"bash", "sh", "sbatch", "zsh"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One simple command: its words and the environment it is given by the script."""
+
+    words: tuple[Word, ...]
+    line: int
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """The commands of a script in order, its ``#SBATCH`` options, and what could not be read."""
+
+    commands: tuple[Command, ...]
+    sbatch: tuple[str, ...]
+    env: Mapping[str, str]
+    unread: tuple[str, ...]
+
+
+def parse(text: str, known: Mapping[str, str] | None = None) -> Script:
+    """Return the commands that the script would start.
+
+    ``known`` are variables that are set before it begins. Nothing is run, and no file is opened.
+
+    Raises ``DocumentError`` when the text is larger than any launch script.
+    """
+    if len(text) > MAX_BYTES:
+        rule = f"A launch script has at most {MAX_BYTES} characters; this has {len(text)}."
+        raise DocumentError("script", text[:40], rule, "Give the launch script itself.")
+    variables = Variables()
+    for name, value in {**_slurm_variables(text), **(known or {})}.items():
+        variables.scalars[name] = Word(value, 0)
+    reader = _Reader(variables)
+    reader.read(tokens(text.replace("\x00", "")), 0)
+    return Script(
+        commands=tuple(reader.commands),
+        sbatch=tuple(_sbatch_options(text)),
+        env=reader.exported_now(),
+        unread=tuple(reader.unread),
+    )
+
+
+def _sbatch_options(text: str) -> Iterable[str]:
+    for line in text.splitlines():
+        if line.startswith("#SBATCH"):
+            yield from line.removeprefix("#SBATCH").partition(" #")[0].split()
+
+
+_SLURM_WORDS: Final = {
+    "--nodes": ("SLURM_NNODES", "SLURM_JOB_NUM_NODES"),
+    "-N": ("SLURM_NNODES", "SLURM_JOB_NUM_NODES"),
+    "--ntasks-per-node": ("SLURM_NTASKS_PER_NODE",),
+    "--gpus-per-node": ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"),
+    "--ntasks": ("SLURM_NTASKS", "SLURM_NPROCS"),
+    "-n": ("SLURM_NTASKS", "SLURM_NPROCS"),
+}
+
+
+def _slurm_variables(text: str) -> dict[str, str]:
+    """Return the variables that Slurm sets from the ``#SBATCH`` lines."""
+    options = list(_sbatch_options(text))
+    found: dict[str, str] = {}
+    for number, option in enumerate(options):
+        name, sign, value = option.partition("=")
+        value = value if sign else "".join(options[number + 1 : number + 2])
+        digits = value.rpartition(":")[2]
+        if digits.isdecimal():
+            found.update(dict.fromkeys(_SLURM_WORDS.get(name, ()), digits))
+    nodes, tasks = found.get("SLURM_NNODES", ""), found.get("SLURM_NTASKS_PER_NODE", "")
+    if len(nodes) + len(tasks) < 12 and nodes and tasks:
+        found.setdefault("SLURM_NTASKS", str(int(nodes) * int(tasks)))
+    return found
+
+
+@dataclass
+class _Frame:
+    """An open ``if``, loop, ``case`` or function; ``reads`` says whether its body counts."""
+
+    kind: str
+    reads: bool
+    taken: bool = False
+    subject: str | None = None
+    wants_pattern: bool = False
+
+
+@dataclass
+class _Reader:
+    variables: Variables
+    commands: list[Command] = field(default_factory=list[Command])
+    unread: dict[str, None] = field(default_factory=dict[str, None])
+    frames: list[_Frame] = field(default_factory=list[_Frame])
+    exported: set[str] = field(default_factory=set[str])
+    status: bool | None = True
+    skip_next: bool = False
+    nested: int = 0
+    wrapper: tuple[Word, ...] = ()
+    _env: Mapping[str, str] | None = None
+
+    def read(self, found: list[Token], nested: int) -> None:
+        """Follow the commands in order."""
+        self.nested = nested
+        at = 0
+        while at < len(found):
+            at = self._statement(found, at)
+
+    def _statement(self, found: list[Token], at: int) -> int:
+        token = found[at]
+        if token.kind == "document":
+            return at + 1
+        if token.kind == "operator":
+            self._separator(token)
+            return at + 1
+        frame = self.frames[-1] if self.frames else None
+        if frame is not None and frame.wants_pattern and token.text != "esac":
+            return self._case_arm(found, at, frame)
+        if token.kind == "word" and token.text in _KEYWORDS:
+            return self._keyword(found, at)
+        if _is_function(found, at):
+            self._note(token.line, f"the function {token.text} was not followed")
+            self.frames.append(_Frame("function", False))
+            return at + 4
+        return self._command(found, at)
+
+    def _separator(self, token: Token) -> None:
+        if token.text == "&&":
+            self.skip_next = self.status is False
+        elif token.text == "||":
+            self.skip_next = self.status is not False
+        elif token.text in ("\n", ";", ";;"):
+            self.skip_next = False
+        if token.text == ";;" and self.frames and self.frames[-1].kind == "case":
+            self.frames[-1].wants_pattern = True
+            self.frames[-1].reads = False
+
+    @property
+    def _reading(self) -> bool:
+        return not self.skip_next and all(f.reads for f in self.frames)
+
+    def _keyword(self, found: list[Token], at: int) -> int:
+        word, line = found[at].text, found[at].line
+        outer = all(f.reads for f in self.frames)
+        frame = self.frames[-1] if self.frames else None
+        if word in ("if", "while", "until"):
+            self.frames.append(_Frame(word, outer))
+        elif word in ("for", "select"):
+            return self._for(found, at, outer)
+        elif word == "case":
+            return self._case(found, at, outer)
+        elif word in ("{", "function"):
+            self._brace(found, at, word)
+        elif word in ("fi", "done", "esac", "}"):
+            self._close(word)
+        elif frame is not None and word in ("then", "do", "elif", "else"):
+            self._branch(frame, word, line)
+        return at + (2 if word == "function" else 1)
+
+    def _brace(self, found: list[Token], at: int, word: str) -> None:
+        if word == "function":
+            self._note(found[at].line, "a function was not followed")
+            self.frames.append(_Frame("function", False))
+        elif not (self.frames and self.frames[-1].kind == "function"):
+            self.frames.append(_Frame("{", True))
+
+    def _close(self, word: str) -> None:
+        kinds = _CLOSED_BY[word]
+        if self.frames and self.frames[-1].kind in kinds:
+            self.frames.pop()
+
+    def _branch(self, frame: _Frame, word: str, line: int) -> None:
+        above = all(f.reads for f in self.frames[:-1])
+        if word in ("then", "do"):
+            known = self.status
+            if frame.kind == "until" and known is not None:
+                known = not known
+            if known is None and above and frame.kind in ("if", "while", "until"):
+                self._note(line, f"the condition of {frame.kind} is not known; read as true")
+            frame.reads = above and known is not False and not frame.taken
+            frame.taken = frame.taken or frame.reads
+        elif word == "elif":
+            frame.reads = above and not frame.taken
+        else:
+            frame.reads = above and not frame.taken
+            frame.taken = True
+
+    def _for(self, found: list[Token], at: int, outer: bool) -> int:
+        """Read a loop with the first of its values."""
+        line, name = found[at].line, ""
+        end = at + 1
+        words: list[str] = []
+        while end < len(found) and found[end].text not in ("\n", ";", "do"):
+            words.append(found[end].text)
+            end += 1
+        if len(words) > 2 and words[1] == "in" and NAME.fullmatch(words[0]):
+            name = words[0]
+            values = [w for raw in words[2:] for w in expand(raw, line, self.variables)]
+            if values and outer:
+                self.variables.scalars[name] = values[0]
+            if len(values) > 1 and outer:
+                self._note(line, f"the loop over {name} was read once, with {values[0].text}")
+        self.frames.append(_Frame("for", outer))
+        self.status = True
+        return end
+
+    def _case(self, found: list[Token], at: int, outer: bool) -> int:
+        subject = None
+        if at + 1 < len(found) and found[at + 1].kind == "word":
+            word = expand_one(found[at + 1].text, found[at].line, self.variables)
+            subject = None if word.unknown else word.text
+        self.frames.append(_Frame("case", outer, subject=subject, wants_pattern=True))
+        if subject is None and outer:
+            self._note(found[at].line, "the subject of case is not known; no branch was read")
+        end = at + 2
+        return end + 1 if end < len(found) and found[end].text == "in" else end
+
+    def _case_arm(self, found: list[Token], at: int, frame: _Frame) -> int:
+        """Read the patterns up to the bracket, and whether their branch counts."""
+        patterns: list[str] = []
+        while at < len(found) and found[at].text != ")":
+            if found[at].kind == "word":
+                patterns.append(found[at].text.strip("'\""))
+            elif found[at].text == "\n" and patterns:
+                break
+            at += 1
+        above = all(f.reads for f in self.frames[:-1])
+        hit = frame.subject is not None and any(matches(frame.subject, p) for p in patterns)
+        frame.reads = above and hit and not frame.taken
+        frame.taken = frame.taken or frame.reads
+        frame.wants_pattern = False
+        return at + 1
+
+    def _command(self, found: list[Token], at: int) -> int:
+        """Collect one simple command up to its separator and take it in."""
+        start, parts, body = at, list[Token](), ""
+        test = found[at].text == "[["
+        while at < len(found):
+            token = found[at]
+            if test and token.text == "]]":
+                test = False
+            if token.kind == "operator" and token.text in _SEPARATORS and not test:
+                break
+            if token.kind == "operator" and token.text in _REDIRECTIONS and not test:
+                at += 2
+                continue
+            if token.kind != "operator" or test:
+                parts.append(token)
+            at += 1
+        following = at + 1
+        while following < len(found) and found[following].kind == "document":
+            body = found[following].text
+            following += 1
+        if self._reading and parts:
+            self._take(parts, found[start].line, body)
+        return max(at, start + 1)
+
+    def _take(self, parts: list[Token], line: int, body: str) -> None:
+        prefix: dict[str, str] = {}
+        first = 0
+        while first < len(parts) and self._is_assignment(parts[first]):
+            first += 1
+        if first == len(parts):
+            for part in parts:
+                self._assign(part)
+            self.status = True
+            return
+        for part in parts[:first]:
+            match = _ASSIGNMENT.fullmatch(part.text)
+            if match is not None:
+                prefix[match[1]] = expand_one(match[4], part.line, self.variables).text
+        if parts[first].text in _DECLARING:
+            self._declare(parts[first:])
+            return
+        words: list[Word] = []
+        for part in parts[first:]:
+            words += expand(part.text, part.line, self.variables)
+        if words:
+            self._run(words, line, prefix, body)
+
+    def _is_assignment(self, part: Token) -> bool:
+        return part.kind == "array" or _ASSIGNMENT.fullmatch(part.text) is not None
+
+    def _declare(self, parts: list[Token]) -> None:
+        exports = parts[0].text == "export" or any(p.text == "-x" for p in parts)
+        for part in parts[1:]:
+            if self._is_assignment(part):
+                self._assign(part)
+            name = NAME.match(part.text)
+            if exports and name is not None:
+                self.exported.add(name.group())
+                self._env = None
+        self.status = True
+
+    def _assign(self, part: Token) -> None:
+        variables = self.variables
+        self._env = None
+        if part.kind == "array":
+            name = part.text.rstrip("+=")
+            items: list[Word] = []
+            for item in part.items:
+                items += expand(item.text, item.line, variables)
+            named = [replace(w, variables=(name, *w.variables)[:8]) for w in items]
+            before = variables.arrays.get(name, []) if part.text.endswith("+=") else []
+            variables.spend(len(before))
+            variables.arrays[name] = [*before, *named]
+            return
+        match = _ASSIGNMENT.fullmatch(part.text)
+        if match is None or match[2]:
+            return
+        name, more = match[1], match[3]
+        value = expand_one(match[4], part.line, variables)
+        before = variables.scalars.get(name)
+        if more and before is not None:
+            variables.spend(len(before.text))
+            unknown = (*before.unknown, *value.unknown)[:8]
+            value = replace(value, text=before.text + value.text, unknown=unknown)
+        variables.scalars[name] = replace(value, variables=value.variables[:8])
+        variables.arrays.pop(name, None)
+
+    def _run(self, words: list[Word], line: int, prefix: dict[str, str], body: str) -> None:
+        name = words[0].text.rpartition("/")[2]
+        if name in ("[", "[[", "test"):
+            known = not any(w.unknown for w in words)
+            self.status = condition([w.text for w in words]) if known else None
+            return
+        self.status = None if name in ("grep", "command", "which", "false") else True
+        if name in ("source", ".") and len(words) > 1:
+            self._note(line, f"{words[1].text} is sourced and was not read")
+        elif name == "unset":
+            for word in words[1:]:
+                self.variables.scalars.pop(word.text, None)
+                self._env = None
+        elif name == "eval":
+            self._note(line, "eval was not followed")
+        else:
+            at, text = _given_script(words, body)
+            if text and self.nested < MAX_NESTED:
+                self._nest(text, words[:at], line + bool(body))
+            else:
+                env = {**self.exported_now(), **prefix} if prefix else self.exported_now()
+                all_words = (*self.wrapper, *words)
+                self.commands.append(Command(words=all_words, line=line, env=env))
+
+    def _nest(self, text: str, wrapper: list[Word], line: int) -> None:
+        """Read the script that a shell is given as an argument or as a here-document.
+
+        The words before the shell (``srun --ntasks-per-node=1``) start each of its commands.
+        """
+        frames, nested, outer = self.frames, self.nested, self.wrapper
+        self.frames, self.wrapper = [], (*outer, *wrapper)
+        self.variables.spend(len(text))
+        self.read(tokens(text, line), nested + 1)
+        self.frames, self.nested, self.wrapper = frames, nested, outer
+
+    def exported_now(self) -> Mapping[str, str]:
+        """Return the exported variables whose values are known."""
+        if self._env is None:
+            self.variables.spend(len(self.exported))
+            found = {name: self.variables[name] for name in sorted(self.exported)}
+            self._env = {n: w.text for n, w in found.items() if w is not None and not w.unknown}
+        return self._env
+
+    def _note(self, line: int, text: str) -> None:
+        if len(self.unread) < MOST_UNREAD:
+            self.unread[f"line {line}: {text}"] = None
+
+
+_KEYWORDS: Final = frozenset(
+    {
+        "if",
+        "then",
+        "elif",
+        "else",
+        "fi",
+        "for",
+        "select",
+        "while",
+        "until",
+        "do",
+        "done",
+        "case",
+        "esac",
+        "function",
+        "{",
+        "}",
+    }
+)
+_CLOSED_BY: Final = {
+    "fi": ("if",),
+    "done": ("for", "while", "until"),
+    "esac": ("case",),
+    "}": ("{", "function"),
+}
+
+
+def _is_function(found: list[Token], at: int) -> bool:
+    following = [t.text for t in found[at + 1 : at + 4] if t.text != "\n"]
+    return following[:2] == ["(", ")"] and found[at].kind == "word"
+
+
+def _given_script(words: list[Word], body: str) -> tuple[int, str]:
+    """Return where a shell stands among the words, and the script that it is given, if any."""
+    texts = [w.text for w in words]
+    if body and texts[0].rpartition("/")[2] in _SHELLS:
+        return 0, body
+    for at, text in enumerate(texts[:-2]):
+        if text.rpartition("/")[2] in _SHELLS and re.fullmatch(r"-[a-z]{0,4}c", texts[at + 1]):
+            return at, " ".join(texts[at + 2 :])
+    return 0, ""
