@@ -19,8 +19,8 @@ from meshwright.describe.models import known_models, load_model
 from meshwright.errors import LayoutError, MeshwrightError, did_you_mean
 from meshwright.parallel.layout import Layout, from_text, layout_fields, to_dict, to_text
 from meshwright.parallel.mesh import rank_groups
-from meshwright.plan import Plan, Plans, difference, estimate_plan
-from meshwright.plan import plan as _plan
+from meshwright.plans import Plan, Plans, difference, estimate_plan
+from meshwright.plans import plan as _plan
 from meshwright.search import Progress, read_space
 from meshwright.units import parse
 

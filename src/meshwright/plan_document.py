@@ -17,7 +17,7 @@ from meshwright.describe.model import Model
 from meshwright.describe.models import load_model
 from meshwright.errors import DocumentError
 from meshwright.parallel.layout import Layout, from_text, to_text
-from meshwright.plan import Plan
+from meshwright.plans import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from meshwright.describe.model import Model
     from meshwright.findings import Finding
     from meshwright.parallel.layout import Layout
-    from meshwright.plan import Plan, Plans
+    from meshwright.plans import Plan, Plans
     from meshwright.verify.numerics import VerifyReport
 
 PIPED_WIDTH = 140
