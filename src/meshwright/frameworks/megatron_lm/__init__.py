@@ -5,7 +5,6 @@ rules themselves: a new rule is one entry in the table of its topic. Facts of th
 August 2026 (``rules.csv`` of the project's data names file and line of each).
 """
 
-from meshwright.frameworks.megatron_lm.arguments import Argument, arguments
 from meshwright.frameworks.megatron_lm.launch import check, resolve
 
-__all__ = ["Argument", "arguments", "check", "resolve"]
+__all__ = ["check", "resolve"]

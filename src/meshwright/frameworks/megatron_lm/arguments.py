@@ -24,6 +24,9 @@ MOST_LAYERS = 100_000
 """Layer patterns longer than this are not unrolled."""
 
 
+_ACTIONS: dict[str, Action] = {"store": "store", "on": "on", "off": "off", "on_off": "on_off"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Argument:
     """One argument: ``name`` is the attribute it fills, ``flags`` its spellings.
@@ -75,10 +78,7 @@ def arguments() -> dict[str, Argument]:
 @cache
 def by_name() -> dict[str, Argument]:
     """Return every argument by the name of the attribute it fills."""
-    found: dict[str, Argument] = {}
-    for argument in arguments().values():
-        found.setdefault(argument.name, argument)
-    return found
+    return {a.name: a for a in reversed(arguments().values())}
 
 
 def defaults() -> dict[str, Any]:
@@ -253,7 +253,6 @@ def _ints(text: str) -> tuple[int, ...]:
     return tuple(_whole_number(i) for i in text.strip("()").split(","))
 
 
-_ACTIONS: dict[str, Action] = {"store": "store", "on": "on", "off": "off", "on_off": "on_off"}
 _READERS: dict[str, Callable[[str], Any]] = {
     "int": _whole_number,
     "float": float,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from meshwright.frameworks.megatron_lm.rules import (
     Settings,
     change,
@@ -41,11 +39,6 @@ def _latent_by_pattern(s: Settings) -> object:
     return ("+" in pattern or "D" in pattern) and {"multi_latent_attention": True}
 
 
-def _groups(s: Settings) -> dict[str, Any]:
-    groups = s.num_query_groups if s.group_query_attention else None
-    return {"num_query_groups": groups or s.num_attention_heads}
-
-
 def _linear(s: Settings) -> bool:
     return s.experimental_attention_variant in _LINEAR
 
@@ -66,7 +59,7 @@ def _no_rope_length(s: Settings) -> object:
 
 def _cp_kinds(s: Settings) -> object:
     kinds: object = s.cp_comm_type
-    if s.cp <= 1 or not is_list(kinds) or len(kinds) <= 1:
+    if s.cp <= 1 or not is_list(kinds):
         return None
     return len(kinds) != s.num_layers and {"kinds": len(kinds)}
 
@@ -331,7 +324,7 @@ RULES = (
     ),
     error(
         "MLM-CFG-sq_relu",
-        "transformer_config:321",
+        "config_from_args:321",
         "squared_relu",
         lambda s: (s.squared_relu or s.quick_geglu) and s.swiglu,
         "SwiGLU excludes other activations.",
@@ -339,7 +332,7 @@ RULES = (
     ),
     error(
         "MLM-CFG-rope_type",
-        "transformer_config:339",
+        "config_from_args:339",
         "rope_type",
         lambda s: not s.multi_latent_attention and s.rope_type not in (None, "rope"),
         "Only latent attention knows the rotary type {rope_type}.",
@@ -363,11 +356,19 @@ RULES = (
         "The {num_attention_heads} attention heads must split over tp = {tp}.",
         "Use tp = {choices}.",
     ),
+    derive(
+        "config_from_args:339.5",
+        lambda s: len(s.cp_comm_type) == 1 and {"cp_comm_type": s.cp_comm_type[0]},
+    ),
+    derive(
+        "config_from_args:340",
+        lambda s: not s.group_query_attention and {"num_query_groups": None},
+    ),
     change(
         "MLM-TC-groups_default",
         "transformer_config:1459",
         "num_query_groups",
-        _groups,
+        lambda s: s.num_query_groups is None and {"num_query_groups": s.num_attention_heads},
         "Every head has its own keys and values unless grouped queries are on: "
         "{num_query_groups} groups.",
         "Use {write[group_query_attention=true]} with {write[num_query_groups]} for fewer.",

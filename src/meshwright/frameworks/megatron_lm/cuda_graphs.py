@@ -77,6 +77,12 @@ def _full_scope(s: Settings) -> object:
     return new
 
 
+def _named_modules(s: Settings) -> dict[str, Any]:
+    given: object = s.cuda_graph_modules or ()
+    modules = given.split(",") if isinstance(given, str) else list(s.cuda_graph_modules or ())
+    return {"cuda_graph_modules": [m for m in modules if m != "full"]}
+
+
 def _inference_scope(s: Settings) -> dict[str, Any]:
     scope = s.inference_cuda_graph_scope
     if scope is None:
@@ -281,6 +287,7 @@ RULES = (
         "A graph of the whole iteration has no list of modules.",
         "Drop --cuda-graph-modules.",
     ),
+    derive("transformer_config:2790", _named_modules),
     error(
         "MLM-TC-graph_cpu",
         "transformer_config:2801",

@@ -47,7 +47,26 @@ TOPICS = (
     training,
 )
 
-_NOT_ON_THE_COMMAND_LINE: dict[str, Any] = {
+STAGES = (
+    "validate_args",
+    "num_microbatches",
+    "config_from_args",
+    "transformer_config",
+    "ddp_config",
+    "optimizer_config",
+    "parallel_state",
+    "layer_placement",
+    "schedule",
+    "layer_spec",
+    "sp_shape",
+    "moe_dispatcher",
+    "moe_forward",
+    "module_build",
+    "fsdp_wrap",
+)
+"""What happens to a command line once it is parsed, in order; each stage asks its own rules."""
+
+NOT_ON_THE_COMMAND_LINE: dict[str, Any] = {
     "cpu_offloading": False,
     "data_parallel_size": None,
     "expert_gtp_weight_remat_size": 1,
@@ -81,7 +100,7 @@ class Resolved:
 @cache
 def rules() -> tuple[Rule, ...]:
     """Return every rule in the order in which Megatron-LM asks."""
-    return in_order(*(topic.RULES for topic in TOPICS))
+    return in_order(STAGES, *(topic.RULES for topic in TOPICS))
 
 
 class CommandLine:
@@ -115,7 +134,7 @@ def resolve(argv: Sequence[str], gpus: int, env: Mapping[str, object] | None = N
     Whatever is wrong with ``argv`` is a finding.
     """
     site = site_of(env)
-    values = defaults() | _NOT_ON_THE_COMMAND_LINE
+    values = defaults() | NOT_ON_THE_COMMAND_LINE
     sources = dict.fromkeys(values, "default")
     try:
         given = parse(argv)
@@ -123,11 +142,10 @@ def resolve(argv: Sequence[str], gpus: int, env: Mapping[str, object] | None = N
         return Resolved(values=values, sources=sources, changes={}, findings=[_refused(refused)])
     values.update(given)
     sources.update(dict.fromkeys(given, "flag"))
-    settings = Settings(values, site=site, world_size=gpus)
+    settings = Settings(values, site=site, world_size=gpus, given=given)
     seen = examine(rules(), settings, CommandLine())
-    left = {k: v for k, v in vars(settings).items() if k not in ("site", "world_size")}
     return Resolved(
-        values=left,
+        values=settings.values(),
         sources=sources | seen.sources,
         changes=seen.changes,
         findings=seen.findings,

@@ -523,7 +523,7 @@ RULES = (
         "Use --cuda-graph-impl none.",
     ),
     derive(
-        "transformer_config:529",
+        "config_from_args:330",
         lambda s: {
             "pipeline_dtype": "float16" if s.fp16 else "bfloat16" if s.bf16 else "float32",
             "batch_p2p_comm": not s.overlap_p2p_comm,

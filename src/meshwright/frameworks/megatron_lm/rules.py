@@ -12,31 +12,12 @@ Texts are templates: ``{name}`` is a setting or a fact that the test returned in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from meshwright.errors import LaunchError, nearest_divisors
 from meshwright.findings import Finding, Severity
-
-STAGES = (
-    "argparse",
-    "validate_args",
-    "num_microbatches",
-    "transformer_config",
-    "ddp_config",
-    "optimizer_config",
-    "parallel_state",
-    "layer_placement",
-    "schedule",
-    "layer_spec",
-    "sp_shape",
-    "moe_dispatcher",
-    "moe_forward",
-    "module_build",
-    "fsdp_wrap",
-)
-"""What happens to a launch, in order; each stage asks its own rules."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +69,28 @@ def is_list(value: object) -> TypeGuard[list[Any]]:
 
 
 class Settings:
-    """The settings of one launch by name, as the software sees them at that moment."""
+    """The settings of one launch by name, as the software sees them at that moment.
 
-    def __init__(self, values: Mapping[str, Any], *, site: Site, world_size: int) -> None:
+    ``given`` holds the names that the user set.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], *, site: Site, world_size: int, given: Iterable[str] = ()
+    ) -> None:
         self.__dict__.update(values)
         self.site = site
         self.world_size = world_size
+        self.given = frozenset(given)
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
             """Any setting, by its name."""
+
+    def values(self) -> dict[str, Any]:
+        """Return every setting by name."""
+        about = ("site", "world_size", "given")
+        return {k: v for k, v in self.__dict__.items() if k not in about}
 
     @property
     def tp(self) -> int:
@@ -168,7 +160,8 @@ class Rule:
     """One rule, silent change or derived value. ``final`` rules end the examination."""
 
     id: str
-    order: tuple[int, float]
+    stage: str
+    line: float
     field: str
     severity: Severity | None
     test: Test
@@ -179,9 +172,9 @@ class Rule:
     repeats: tuple[str, ...] = ()
 
 
-def _order(at: str) -> tuple[int, float]:
+def _place(at: str) -> dict[str, Any]:
     stage, _, line = at.partition(":")
-    return STAGES.index(stage), float(line)
+    return {"stage": stage, "line": float(line)}
 
 
 def error(
@@ -201,7 +194,7 @@ def error(
     """
     return Rule(
         id=id,
-        order=_order(at),
+        **_place(at),
         field=field,
         severity="error",
         test=test,
@@ -216,7 +209,7 @@ def warning(id: str, at: str, field: str, test: Test, rule: str, remedy: str = "
     """Return a rule whose breach lets the launch pass, at a price."""
     return Rule(
         id=id,
-        order=_order(at),
+        **_place(at),
         field=field,
         severity="warning",
         test=test,
@@ -238,7 +231,7 @@ def change(
     """Return a silent change: ``test`` returns the settings that the software overwrites."""
     return Rule(
         id=id,
-        order=_order(at),
+        **_place(at),
         field=field,
         severity=severity,
         test=test,
@@ -250,7 +243,7 @@ def change(
 
 def derive(at: str, test: Test) -> Rule:
     """Return a value that the software fills in: ``test`` returns the settings it sets."""
-    return Rule(id="", order=_order(at), field="", severity=None, test=test, changes=True)
+    return Rule(id="", **_place(at), field="", severity=None, test=test, changes=True)
 
 
 @dataclass(kw_only=True)
@@ -265,9 +258,11 @@ class Examination:
     """Setting -> the id of the rule that changed it, or ``derived``."""
 
 
-def in_order(*tables: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Return the rules of all tables in the order in which the software asks them."""
-    return tuple(sorted((r for table in tables for r in table), key=lambda r: r.order))
+def in_order(stages: Sequence[str], *tables: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Return the rules of ``stages``, in the order in which the software asks them."""
+    rank = {stage: i for i, stage in enumerate(stages)}
+    asked = (rule for table in tables for rule in table if rule.stage in rank)
+    return tuple(sorted(asked, key=lambda rule: (rank[rule.stage], rule.line)))
 
 
 def examine(rules: Iterable[Rule], settings: Settings, spelling: Spelling) -> Examination:
