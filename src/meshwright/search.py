@@ -382,29 +382,30 @@ def _rows(cluster: Cluster, job: Job, space: Space, inner: Ints, pipeline: _Pipe
     blocks: list[Layouts] = []
     shard_ranks = dp * inner[:, _INNER.index("cp")]
     for zero in space.choices("zero", [int(z) for z in Zero]):
-        for hybrid in (False, True):
-            replicate = _replicas(cluster, inner, shard_ranks, hybrid)
-            keep = _useful(zero, replicate, shard_ranks, hybrid)
+        for replicate in _replicas(cluster, space, inner, shard_ranks):
+            keep = _useful(zero, replicate, shard_ranks)
             blocks.append(_table(inner[keep], dp[keep], replicate[keep], zero, pipeline))
     return concatenate(blocks)
 
 
-def _replicas(cluster: Cluster, inner: Ints, shard_ranks: Ints, hybrid: bool) -> Ints:
+def _replicas(cluster: Cluster, space: Space, inner: Ints, shard_ranks: Ints) -> list[Ints]:
     """Return copies of the sharded state: one, or as many as keep each copy in a domain."""
-    if not hybrid:
-        return np.ones_like(shard_ranks)
+    if "dp_replicate" in space.allowed:
+        return [np.full_like(shard_ranks, v) for v in space.allowed["dp_replicate"]]
     room = np.maximum(cluster.scale_up_domain // inner[:, _INNER.index("tp")], 1)
-    shard = np.gcd(shard_ranks, room)
-    return shard_ranks // shard
+    in_domain = shard_ranks // np.gcd(shard_ranks, room)
+    # Where one copy fills the domain already this would be the same again: 0 is no choice.
+    return [np.ones_like(shard_ranks), np.where(in_domain > 1, in_domain, 0)]
 
 
-def _useful(zero: int, replicate: Ints, shard_ranks: Ints, hybrid: bool) -> NDArray[np.bool_]:
-    # With one rank to shard over every stage is the same; hybrid needs something in each copy.
-    if hybrid:
-        return (zero > Zero.optim) & (replicate > 1) & (replicate < shard_ranks)
+def _useful(zero: int, replicate: Ints, shard_ranks: Ints) -> NDArray[np.bool_]:
+    """Return where sharding in so many copies differs from the other choices."""
+    divides = (replicate > 0) & (shard_ranks % np.maximum(replicate, 1) == 0)
     if zero == Zero.optim:
-        return np.ones(len(replicate), dtype=np.bool_)
-    return shard_ranks > 1
+        return divides & (replicate == 1)
+    # Copies of one rank each shard nothing, and one rank has nothing to shard over.
+    sharded = divides & (replicate < shard_ranks) & (shard_ranks > 1)
+    return sharded & ((replicate == 1) | (zero > Zero.optim))
 
 
 def _table(inner: Ints, dp: Ints, replicate: Ints, zero: int, pipeline: _Pipeline) -> Layouts:
@@ -454,7 +455,7 @@ _NUMBERS = ("tp", "cp", "dp", "pp", "vpp", "ep", "etp", "mbs", "dp_replicate")
 
 def _read_values(key: str, value: str) -> tuple[int, ...]:
     if key == "recompute":
-        return tuple(int(recompute_from_text(v)[0]) for v in value.split(","))
+        return tuple(_recompute_flags(v) for v in value.split(","))
     if key == "sp":
         return tuple(int(_boolean(v)) for v in value.split(","))
     if key in _NAMED:
@@ -474,6 +475,18 @@ def _read_values(key: str, value: str) -> tuple[int, ...]:
             f"fix.{key}", value, "A limit is whole numbers of at least 1.", f"Write {key}=2..8."
         )
     return numbers
+
+
+def _recompute_flags(text: str) -> int:
+    flags, num_layers = recompute_from_text(text)
+    if num_layers:
+        raise LayoutError(
+            "fix.recompute",
+            text,
+            "The search recomputes whole stages: none, modules, or full.",
+            "Write recompute=full, and price numbers of layers with estimate.",
+        )
+    return int(flags)
 
 
 def _boolean(text: str) -> bool:
