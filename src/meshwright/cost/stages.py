@@ -81,8 +81,9 @@ class Stages:
     that full recomputation runs again. ``own`` [P, K] and ``own_reruns`` [P, K]: the same by rank.
     ``params`` [P, K]: blocks whose weights a rank holds (a tied table is held at both ends).
     Memory candidates, one row for each combination of held micro-batches that could be the peak,
-    [Q, K]: ``held`` micro-batches of what is kept, ``held_whole`` of layers that are not recomputed
-    under ``full:block``, ``alive`` recomputed layers that are whole while they run backward,
+    [Q, K]: ``held`` micro-batches of what is kept of recomputable blocks, ``held_whole`` of blocks
+    that full recomputation leaves whole, ``alive`` recomputed layers that are whole while they run
+    backward (of one kind at a time),
     ``held_params`` and ``present`` of the candidate's rank ``candidate_rank`` [Q].
     ``dp_ranks`` are the ranks whose data parallelism or update could be the slowest.
     ``bound_*`` [R, K] and ``bound_p2p`` [R]: a lower bound of the pipeline time is the maximum over
@@ -162,8 +163,8 @@ def stages(facts: LayerFacts, key: PipelineKey, every_rank: bool = False) -> Sta
     lines = lines[_maximal(lines)]
     k = facts.num_kinds
     own, own_reruns = _by_rank(runs, rank, key.pp), _by_rank(reruns, rank, key.pp)
-    # More weights to send and less work to hide behind is never faster.
-    slow = _maximal(np.concatenate([params, -own, -own_reruns], axis=1))
+    # Of ranks with equal work, the one with more weights to send is never faster.
+    slow = _maximal(np.concatenate([params, own, -own, own_reruns, -own_reruns], axis=1))
     return Stages(
         placement=placement,
         runs=runs,
@@ -219,7 +220,9 @@ def _params(facts: LayerFacts, placement: Placement, runs: Floats, pp: int) -> F
 
 
 def _reruns(facts: LayerFacts, runs: Floats, key: PipelineKey) -> Floats:
+    """Return the blocks that full recomputation runs again: layers, never embedding or head."""
     reruns = runs.copy()
+    reruns[:, facts.num_layer_kinds : facts.num_layer_kinds + 2] = 0.0
     if key.recompute_block:
         layers = runs[:, : facts.num_layer_kinds]
         # The first N layers of each stage; kinds share them in the order they stand.
@@ -241,16 +244,16 @@ def _kept_inputs(facts: LayerFacts, runs: Floats, reruns: Floats, key: PipelineK
 
 
 def _alive(facts: LayerFacts, reruns: Floats, key: PipelineKey) -> Floats:
-    """Return the layers that are whole at once while they are run again: one, or a group of N."""
+    """Return how many layers of each kind are whole at once while they are run again.
+
+    One, or a group of N; kinds take turns.
+    """
     together = 1.0 if key.recompute_block else float(max(key.recompute_num_layers, 1))
     most = reruns.max(axis=0)
-    alive = np.zeros(facts.num_kinds)
-    layers = slice(0, facts.num_layer_kinds)
-    if together == 1.0:
-        alive[layers] = (most[layers] > 0).astype(np.float64)
-        return alive
-    heaviest = int(np.argmax(most[layers]))
-    alive[heaviest] = min(together, float(most[layers].sum()))
+    alive = (most > 0).astype(np.float64)
+    if together > 1.0:
+        layers = most[: facts.num_layer_kinds]
+        alive[int(np.argmax(layers))] = min(together, float(layers.sum()))
     return alive
 
 

@@ -260,9 +260,10 @@ def rank_memory(t: Table, g: Group, q: int) -> dict[str, Floats]:
     dense_trained, expert_trained = _held(p.dense_trained, g, q), _held(p.expert_trained, g, q)
     activations = np.einsum("nk,k->n", p.kept[at], s.held[q])
     activations = activations + np.einsum("nk,k->n", p.whole[at], s.held_whole[q])
-    alive = np.einsum("nk,k->n", p.whole[at], s.alive[q])
-    activations = activations + np.where(p.is_full[at], alive, 0.0)
-    logits = np.einsum("nk,k->n", p.logits[at], s.held[q])
+    # The input of a layer that is run again is kept already.
+    alive = np.max(p.whole[at] * s.alive[q] - p.kept[at] * (s.alive[q] > 0), axis=1)
+    activations = activations + np.where(p.is_full[at], np.maximum(alive, 0.0), 0.0)
+    logits = np.einsum("nk,k->n", p.logits[at], s.held[q] + s.held_whole[q])
     buffers = np.max(p.working[at] * s.present[q], axis=1)
     buffers = buffers + 2.0 * p.message_bytes[at] * float(g.key.pp > 1)
     gathered = np.where(

@@ -311,10 +311,18 @@ def held_microbatches(
     Raises ``LayoutError`` when the schedule does not exist for these numbers.
     """
     check_numbers(pp, vpp, num_microbatches, microbatch_group_size)
-    module = schedule_module(kind)
-    enough = module.enough_microbatches(pp, vpp, num_microbatches, microbatch_group_size)
-    schedule = build_schedule(kind, pp, vpp, enough, microbatch_group_size)
-    frees = "W" if module.SPLITS_BACKWARD else "B"
+    enough = schedule_module(kind).enough_microbatches(
+        pp, vpp, num_microbatches, microbatch_group_size
+    )
+    return _held_by_rank(kind, pp, vpp, enough, microbatch_group_size)
+
+
+@lru_cache(maxsize=4096)
+def _held_by_rank(
+    kind: Pipeline | str, pp: int, vpp: int, num_microbatches: int, microbatch_group_size: int
+) -> tuple[Ints, ...]:
+    schedule = build_schedule(kind, pp, vpp, num_microbatches, microbatch_group_size)
+    frees = "W" if schedule_module(kind).SPLITS_BACKWARD else "B"
     distinct = {id(actions): actions for actions in schedule.ranks}
     held = {key: _held(actions, vpp, frees) for key, actions in distinct.items()}
     return tuple(held[id(actions)] for actions in schedule.ranks)
