@@ -73,3 +73,13 @@ def offload_excludes_recompute(case: Case) -> Mask:
     if not case.job.execution.activation_offload_layers:
         return case.nowhere
     return case.x.recompute != Recompute.none
+
+
+@check("error", field="model.num_layers", id="MLM-TC-off_layers")
+def offload_leaves_a_layer(case: Case) -> Mask:
+    """The activations of {job.execution.activation_offload_layers} layers are to be offloaded, and
+    at least one layer must stay on the GPU.
+
+    Offload fewer than {model.num_layers} layers.
+    """
+    return case.nowhere | (case.job.execution.activation_offload_layers >= case.model.num_layers)

@@ -210,9 +210,9 @@ def interleaving_two_ranks_needs_overlap(case: Case) -> Mask:
 
 
 def _chunks(case: Case, at: Layout[int]) -> Mapping[str, object]:
-    per_rank = case.model.num_layers // at.pp
+    per_rank, rest = divmod(case.model.num_layers, at.pp)
     m = case.job.gbs // (at.mbs * at.dp)
-    more = [v for v in divisors(per_rank) if v > at.vpp] if m % at.pp == 0 else []
+    more = [v for v in divisors(per_rank) if v > at.vpp] if m % at.pp == rest == 0 else []
     remedy = f"Use vpp={either(more[:3])}" if more else f"Use gbs={2 * case.job.gbs}"
     return {
         "bubble_percent": round(100 * (at.pp - 1) / (max(m, 1) * at.vpp)),
