@@ -145,9 +145,14 @@ def _die_with_parent(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _describe(error: BaseException) -> tuple[MeshwrightError | None, str, str]:
+_Own = tuple[type[MeshwrightError], tuple[str, str, str, str]]
+"""An error of ours as its class and its four attributes, which travel between processes."""
+
+
+def _describe(error: BaseException) -> tuple[_Own | None, str, str]:
     if isinstance(error, MeshwrightError):
-        return error, "", ""
+        value = error.value if isinstance(error.value, int | float | str) else str(error.value)
+        return (type(error), (error.field, cast("str", value), error.rule, error.remedy)), "", ""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "meshwright" in f.filename] or list(frames)
     where = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else ""
@@ -157,7 +162,7 @@ def _describe(error: BaseException) -> tuple[MeshwrightError | None, str, str]:
 
 def _collect(pipes: list[Any], processes: list[BaseProcess], timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
-    failures: dict[int, tuple[float, MeshwrightError | None, str, str]] = {}
+    failures: dict[int, tuple[float, _Own | None, str, str]] = {}
     deadline = time.monotonic() + timeout_s
     waiting = dict(enumerate(pipes))
     while waiting:
@@ -173,7 +178,7 @@ def _collect(pipes: list[Any], processes: list[BaseProcess], timeout_s: float) -
                 if kind == "done":
                     results[rank] = rest[0]
                 else:
-                    failures[rank] = cast("tuple[float, MeshwrightError | None, str, str]", rest)
+                    failures[rank] = cast("tuple[float, _Own | None, str, str]", rest)
         if failures:
             deadline = min(deadline, time.monotonic() + GRACE_S)
     if failures:
@@ -189,7 +194,7 @@ def _collect(pipes: list[Any], processes: list[BaseProcess], timeout_s: float) -
 
 
 def _first_cause(
-    failures: dict[int, tuple[float, MeshwrightError | None, str, str]],
+    failures: dict[int, tuple[float, _Own | None, str, str]],
 ) -> MeshwrightError:
     """Choose what to tell: a death or an own error before the lost connections that follow it."""
 
@@ -203,7 +208,8 @@ def _first_cause(
         failures.items(), key=lambda item: (echo(item[1][2]), item[1][0])
     )
     if own is not None:
-        return own
+        kind, attributes = own
+        return kind(*attributes)
     place = f" at {where}" if where else ""
     return LaunchError("rank", rank, f"It stopped: {text}{place}.", "Every rank was ended.")
 

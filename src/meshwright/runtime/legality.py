@@ -12,7 +12,7 @@ from meshwright.runtime.stages import placement_of, schedule_of
 
 def check_runnable(shape: ModelShape, x: Layout[int], *, seq_len: int, gbs: int) -> None:
     """Raise a ``MeshwrightError`` unless the layout can train the model on such batches."""
-    _check_meshes(x)
+    _check_meshes(shape, x)
     _check_heads(shape, x)
     _check_features(shape, x)
     _check_experts(shape, x)
@@ -29,8 +29,8 @@ def _divides(field: str, value: int, whole: int, what: str) -> None:
         )
 
 
-def _check_meshes(x: Layout[int]) -> None:
-    if not pipelines_agree(x):
+def _check_meshes(shape: ModelShape, x: Layout[int]) -> None:
+    if shape.moe and not pipelines_agree(x):
         raise LayoutError(
             "layout.order",
             x.order,
@@ -38,7 +38,7 @@ def _check_meshes(x: Layout[int]) -> None:
             "Put pp last.",
         )
     cp_levels(x)
-    if x.zero != Zero.no_shard:
+    if shape.moe and x.zero != Zero.no_shard:
         _divides("dp_replicate", x.dp_replicate, x.edp, "edp")
 
 

@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Mapping
@@ -113,6 +114,9 @@ def verify(
     x = from_text(layout_given) if isinstance(layout_given, str) else layout_given
     case = prepare(x, model)
     check_dtype(dtype)
+    if x.recompute:
+        # Checkpointing imports it at first use, 1.3 s: once here, not in every rank.
+        importlib.import_module("torch._dynamo")
     results = run_ranks(x.world_size, _run_rank, x, case, dtype, timeout_s=timeout_s, extra=1)
     ranks, reference = cast("list[_RankResult]", results[:-1]), results[-1]
     return _report(x, case, dtype, ranks, cast("_RankResult", reference), start_s)

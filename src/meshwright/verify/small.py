@@ -13,6 +13,8 @@ from meshwright.runtime.stages import placement_of
 
 MOST_LAYERS = 256
 HEAD_DIM = 8
+INITIALIZER_RANGE = 0.1
+"""Large for the small sizes: with 0.02 differences would be rounding of tiny activations."""
 ODD_VOCAB = 101
 """A prime, so that every vocabulary split has padding."""
 
@@ -67,7 +69,7 @@ def shrink(shape: ModelShape, x: Layout[int]) -> Case:
         rope=replace(shape.rope, original_max_seq_len=16),
         moe=_experts(shape.moe, x) if shape.moe else None,
         mla=_latent(shape.mla) if shape.mla else None,
-        initializer_range=0.02,
+        initializer_range=INITIALIZER_RANGE,
     )
     small = _with_layers(small, shape, x)
     unit = inner * (2 * outer if outer > 1 else 1) * x.tp

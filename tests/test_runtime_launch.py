@@ -1,0 +1,84 @@
+"""Ranks are started, watched and ended. Provenance: ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from meshwright.errors import LaunchError, LayoutError
+from meshwright.runtime.launch import run_ranks
+
+pytestmark = pytest.mark.parity
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _add_up(rank: int, start: int) -> float:
+    x = torch.tensor(float(start + rank))
+    dist.all_reduce(x)
+    return float(x)
+
+
+def _one_rank_raises(rank: int) -> None:
+    if rank == 1:
+        raise ValueError("no such weight")
+    dist.barrier()
+
+
+def _one_rank_refuses(rank: int) -> None:
+    if rank == 1:
+        raise LayoutError("layout.tp", 3, "It must divide 4.", "Use 2.")
+    dist.barrier()
+
+
+def _one_rank_is_killed(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def _one_rank_hangs(rank: int, folder: str) -> None:
+    Path(folder, str(rank)).write_text(str(os.getpid()), encoding="ascii")
+    if rank == 1:
+        time.sleep(60)
+
+
+def test_results_come_in_the_order_of_ranks_beyond_the_world_too() -> None:
+    assert run_ranks(3, _add_up, 1, timeout_s=20) == [6.0, 6.0, 6.0]
+    assert run_ranks(2, lambda rank: rank, extra=1, timeout_s=20) == [0, 1, 2]
+
+
+def test_a_failing_rank_is_named_with_its_cause() -> None:
+    with pytest.raises(LaunchError, match=r"rank = 1: .*ValueError: no such weight"):
+        run_ranks(2, _one_rank_raises, timeout_s=20)
+
+
+def test_an_error_of_ours_is_raised_as_it_is() -> None:
+    with pytest.raises(LayoutError, match="It must divide 4"):
+        run_ranks(2, _one_rank_refuses, timeout_s=20)
+
+
+def test_a_killed_rank_is_named_and_told_apart_from_its_lost_peers() -> None:
+    with pytest.raises(LaunchError, match=r"rank = 1: .*SIGKILL"):
+        run_ranks(2, _one_rank_is_killed, timeout_s=20)
+
+
+def test_a_rank_that_hangs_is_named_after_the_timeout_and_none_survives(tmp_path: Path) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(LaunchError, match=r"rank = .*1.*Not done after 1 s"):
+        run_ranks(2, _one_rank_hangs, str(tmp_path), timeout_s=1)
+    assert time.monotonic() - start_s < 10
+    pids = [int((tmp_path / str(rank)).read_text(encoding="ascii")) for rank in range(2)]
+    assert not any(map(_alive, pids))
