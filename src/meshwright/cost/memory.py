@@ -144,9 +144,11 @@ def saved_tensors(op: Op, p: Pricing) -> tuple[Saved, ...]:
 def element_bytes(saved: Saved, p: Pricing) -> float:
     """Return the bytes of one element of a kept tensor."""
     precision = p.job.precision
+    quantised = precision.matmul_input_bytes < precision.act_bytes
     return {
         "act": precision.act_bytes,
         "matmul": precision.matmul_input_bytes,
+        "copy": precision.matmul_input_bytes if quantised else 0.0,
         "fp32": 4.0,
         "byte": 1.0,
     }[saved.dtype]

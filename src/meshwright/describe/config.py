@@ -13,6 +13,7 @@ from meshwright.describe.facts import MAX_SIZE
 from meshwright.errors import ModelError, did_you_mean
 
 MAX_LAYERS = 65_536
+MAX_DEPTHS = 64
 
 
 class Config:
@@ -67,6 +68,14 @@ class Config:
         if value > MAX_LAYERS:
             rule = f"A model has at most {MAX_LAYERS} layers."
             raise ModelError(self.name(key), value, rule, f"Use {MAX_LAYERS} or less.")
+        return value
+
+    def depths(self, key: str = "num_nextn_predict_layers") -> int:
+        """Return the number of multi-token-prediction depths, 0 where it is left out."""
+        value = self.optional_size(key)
+        if value > MAX_DEPTHS:
+            rule = f"A model predicts at most {MAX_DEPTHS} tokens ahead."
+            raise ModelError(self.name(key), value, rule, f"Use {MAX_DEPTHS} or less.")
         return value
 
     def flag(self, key: str, default: bool | None = None) -> bool:

@@ -82,7 +82,8 @@ def _router(moe: Moe, h: int) -> Op:
 def _shared_experts(moe: Moe, h: int) -> list[Op]:
     again = Recompute.shared_experts | Recompute.moe | FULL
     shared = Mlp(ffn_hidden_size=moe.shared_ffn_hidden_size, gated=moe.gated, bias=moe.shared_bias)
-    ops = _mlp("shared_", shared, h, kept=(), again=again)
+    copied = Saved(name="shared_fc1_input", elements=h, where="sp", dtype="copy", dropped=again)
+    ops = _mlp("shared_", shared, h, kept=(copied,), again=again)
     if moe.shared_gate:
         kept = Saved(name="shared_output", elements=h, where="sp", dropped=again)
         ops.append(whole_linear("shared_gate", h, 1, saved=(kept,), rerun=again))

@@ -45,6 +45,7 @@ def _core_attention(
     v: int,
     window: int = 0,
     sinks: bool = False,
+    feeds_matmul: bool = True,
     drop_qkv: Recompute = FULL,
 ) -> Op:
     """Return the attention itself; ``drop_qkv`` names what computes Q, K and V again.
@@ -57,6 +58,7 @@ def _core_attention(
     core = Recompute.core_attn | FULL
     q_k_v = heads * qk + kv_heads * (qk + v)
     out = heads * (v or qk)
+    copies = (Saved(name="proj_input", elements=out, where="tp", dtype="copy"),) * feeds_matmul
     return Op(
         name="core_attention",
         kind=OpKind.attention,
@@ -72,6 +74,7 @@ def _core_attention(
             Saved(name="q_k_v", elements=q_k_v, where="tp", dropped=drop_qkv),
             Saved(name="softmax_lse", elements=heads, where="tp", dtype="fp32", dropped=core),
             Saved(name="attention_output", elements=out, where="tp"),
+            *copies,
         ),
         comm=(
             Comm(kind="cp_kv", elements=kv_heads * (qk + v)),
@@ -105,6 +108,7 @@ def _attention(a: Attention, h: int) -> list[Op]:
             v=a.head_dim,
             window=a.window,
             sinks=a.sinks,
+            feeds_matmul=not a.output_gate,
         )
     )
     if a.output_gate:
@@ -149,7 +153,8 @@ def _latent_attention(a: LatentAttention, h: int) -> list[Op]:
     else:
         ops.append(column_linear("q_proj", h, n * a.qk_head_dim, saved=(hidden,)))
     compressed = a.kv_lora_rank + a.qk_rope_head_dim
-    ops.append(_down(a, "kv_down", h, compressed))
+    again_hidden = Saved(name="kv_down_input", elements=h, where="sp", dtype="copy")
+    ops.append(_down(a, "kv_down", h, compressed, saved=(again_hidden,)))
     up = n * (a.qk_nope_head_dim + a.v_head_dim)
     ops.extend(_up(a, "kv", a.kv_lora_rank, compressed, up))
     rotated = 2 * n * a.qk_head_dim

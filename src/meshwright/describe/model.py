@@ -57,14 +57,16 @@ class Saved:
 
     ``elements`` per token (``where="expert"``: per routed token), before ``where`` divides them.
     ``dtype``: ``act`` is the compute precision of activations (2 bytes in bf16), ``matmul`` is the
-    precision a matmul input is kept in (1 byte under FP8 recipes), ``fp32`` and ``byte`` (a mask,
-    an index) are fixed. ``dropped`` names the recomputations that do not keep it.
+    precision a matmul input is kept in (1 byte under FP8 recipes), ``copy`` a second copy, in that
+    precision, of a tensor that is kept as ``act`` elsewhere (nothing where the two precisions are
+    one), ``fp32`` and ``byte`` (a mask, an index) are fixed. ``dropped`` names the recomputations
+    that do not keep it.
     """
 
     name: str
     elements: float
     where: Where
-    dtype: Literal["act", "matmul", "fp32", "byte"] = "act"
+    dtype: Literal["act", "matmul", "copy", "fp32", "byte"] = "act"
     dropped: Recompute = Recompute.full
 
 

@@ -36,21 +36,27 @@ class KnownModel:
 def load_model(text: str) -> Model:
     """Return a model from a ``config.json``, a folder holding one, or a known name.
 
+    Names are compared by letters and digits alone, and may carry an owner
+    (``meta-llama/Llama-3.1-8B``).
+
     Raises ``DocumentError`` for a file that cannot be used and ``ModelError`` for an unknown name
     or a config that describes no model.
     """
     if not text.strip():
         raise ModelError("model", text, "It names a model.", "Give a config.json or a known name.")
-    key = text.strip().lower()
-    if key in _known_files():
-        return replace(_known(key), name=key)
-    path = Path(text).expanduser()
+    known = _spellings().get(_squashed(text))
+    if known is not None and "/" not in text:
+        return _known(known)
     try:
+        path = Path(text).expanduser()
         exists = path.exists()
-    except OSError:
-        exists = False
+    except (OSError, ValueError, RuntimeError):
+        path, exists = Path(), False
     if exists:
         return _from_path(path)
+    last = _spellings().get(_squashed(text.rsplit("/", 1)[-1]))
+    if last is not None and text.count("/") == 1:
+        return _known(last)
     if text.endswith(".json") or "/" in text or "\\" in text:
         raise DocumentError("model", text, "There is no such file.", _name_remedy(path.stem))
     raise ModelError("model", text, "No file and no known model has this name.", _name_remedy(text))
@@ -165,6 +171,16 @@ def _known_files() -> frozenset[str]:
 
 
 @cache
+def _spellings() -> dict[str, str]:
+    """Return the known names by their letters and digits alone."""
+    return {_squashed(name): name for name in known_names()}
+
+
+def _squashed(text: str) -> str:
+    return "".join(c for c in text.lower() if c.isalnum())
+
+
+@cache
 def _known(name: str) -> Model:
     file = resources.files("meshwright.describe") / "configs" / f"{name}.json"
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -206,4 +222,5 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _name_remedy(text: str) -> str:
-    return did_you_mean(text, known_names())
+    longer = [n for n in known_names() if n.startswith(text.strip().lower())] if text else []
+    return did_you_mean(text, longer or known_names())

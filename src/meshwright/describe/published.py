@@ -75,7 +75,7 @@ def _gated(config: Config) -> bool:
 
 def _mtp(config: Config, layers: tuple[Layer, ...]) -> tuple[tuple[Layer, ...], ...]:
     """Return the layers ahead: the pattern given for them, or the last decoder layer again."""
-    depth = config.optional_size("mtp_layers")
+    depth = config.depths("mtp_layers")
     if not depth:
         return ()
     if config.given("mtp_hybrid_pattern"):

@@ -143,5 +143,5 @@ def latent_decoder(config: Config) -> Model:
     return decoder(
         config,
         tuple(moe if word == "sparse" else dense for word in words),
-        mtp=((moe,),) * config.optional_size("num_nextn_predict_layers"),
+        mtp=((moe,),) * config.depths(),
     )

@@ -56,7 +56,7 @@ def build(config: Config) -> Model:
         config,
         layers,
         residual_streams=config.size("hc_mult"),
-        mtp=((ahead,),) * config.optional_size("num_nextn_predict_layers"),
+        mtp=((ahead,),) * config.depths(),
     )
 
 

@@ -49,5 +49,5 @@ def build(config: Config) -> Model:
     return decoder(
         config,
         (Layer(mixer=mixer, ffn=mlp(config)),) * num_dense + (moe,) * (num_layers - num_dense),
-        mtp=((moe,),) * config.optional_size("num_nextn_predict_layers"),
+        mtp=((moe,),) * config.depths(),
     )

@@ -49,7 +49,7 @@ def build(config: Config) -> Model:
     )
     order = _order(config, "layers_block_type", "hybrid_override_pattern")
     ahead = _order(config, "mtp_layers_block_type", "mtp_hybrid_override_pattern")
-    depths = config.optional_size("num_nextn_predict_layers")
+    depths = config.depths()
     if not order:
         order = ["mamba", "moe", "attention", "mlp"]
         config.assumed.append("layers_block_type = mamba, moe, attention, mlp (left out)")
