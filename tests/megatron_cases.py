@@ -35,6 +35,7 @@ class Flags:
 
     def __init__(self, argv: list[str]) -> None:
         self.values: dict[str, list[str]] = {}
+        last: list[str] = []
         for word in argv:
             if word.startswith("--"):
                 last = self.values.setdefault(word[2:], [])

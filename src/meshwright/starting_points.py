@@ -77,12 +77,8 @@ def _point(
     return replace(made, **low)
 
 
-_SIZE, _MOE, _CARD = (
-    "guide: dense by size",
-    "guide: mixture of experts",
-    "guide: card by total size",
-)
-_PRODUCTION, _EXAMPLE = "guide: production settings", "guide: combined examples"
+_SIZE, _PRODUCTION = "guide: dense by size", "guide: production settings"
+_MOE, _CARD = "guide: mixtures of experts", "guide: mixtures of experts by total size"
 _TOPOLOGY, _SEQUENCE = "guide: by topology", "guide: by sequence length"
 
 DENSE_BY_SIZE: tuple[tuple[float, float, StartingPoint], ...] = (
@@ -108,13 +104,16 @@ DENSE_BY_SIZE: tuple[tuple[float, float, StartingPoint], ...] = (
 )
 """Parameters from, parameters to, what to begin with."""
 
+_ETP = "ETP is rare: Llama 4 uses ETP=4."
 MOE_BY_SIZE: tuple[tuple[float, float, StartingPoint], ...] = (
     (0, 20e9, _point("MoE below 20B", _CARD, tp=1, pp=1, note="EP only.")),
-    (20e9, 100e9, _point("MoE 20-100B", _CARD, tp=(1, 2), pp=(2, 4), ep=(8, 16))),
-    (100e9, 500e9, _point("MoE 100-500B", _CARD, tp=(2, 4), pp=(8, 16), ep=(8, 32))),
-    (500e9, math.inf, _point("MoE above 500B", _CARD, tp=2, pp=16, ep=(32, 64))),
+    (20e9, 100e9, _point("MoE 20-100B", _CARD, tp=(1, 2), pp=(2, 4), ep=(8, 16), note=_ETP)),
+    (100e9, 500e9, _point("MoE 100-500B", _CARD, tp=(2, 4), pp=(8, 16), ep=(8, 32), note=_ETP)),
+    (500e9, math.inf, _point("MoE above 500B", _CARD, tp=2, pp=16, ep=(32, 64), note=_ETP)),
 )
-"""Total parameters from, to, what to begin with when the model is not listed."""
+"""Total parameters from, to, what to begin with when the model is not listed.
+
+TP follows the active parameters, EP the number of experts, PP the depth."""
 
 LISTED: tuple[tuple[str, float, StartingPoint], ...] = (
     ("olmoe", 6.9e9, _point("OLMoE 7B/1B", _MOE, tp=1, pp=1, ep=8, note="EP only, one node.")),
