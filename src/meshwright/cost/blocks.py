@@ -15,6 +15,7 @@ from meshwright.cost.comm import (
     all_gather_s,
     all_reduce_s,
     all_to_all_s,
+    dispatch_s,
     network,
     ring_step_s,
 )
@@ -67,7 +68,7 @@ def pricing(part: Slice, job: Job, cluster: Cluster, factors: Factors) -> Pricin
     return Pricing(
         slice=part,
         job=job,
-        at=speeds(cluster.gpu, job.precision, factors),
+        at=speeds(cluster.gpu, job.precision, job.execution, factors),
         net=network(cluster, factors),
         factors=factors,
     )
@@ -102,11 +103,40 @@ def block_seconds(block: Block, p: Pricing) -> BlockSeconds:
 
 def _wait_for_host(block: Block, p: Pricing, forward: Floats, backward: Floats) -> None:
     # Without CUDA graphs the host must launch every op; small kernels wait for it.
-    host = len(block.ops) * p.factors.host_op_s
+    graphed = p.job.execution.graphed_modules
+    launched = sum(_launches(op, p) for op in block.ops if module_of(op) not in graphed)
+    host = launched * p.factors.host_op_s
     again = p.slice.recompute & int(Recompute.full)
-    for seconds, floor in ((forward, host), (backward, np.where(again > 0, 2.0, 1.0) * host)):
+    for seconds, floor in ((forward, host), (backward, np.where(again > 0, 2.5, 1.5) * host)):
         busy = np.einsum("dk->d", seconds)
         seconds[:, COMPUTE] += np.maximum(floor - busy, 0.0)
+    if block.is_moe and p.job.execution.capacity_factor is None:
+        # How many tokens each expert gets goes through the host before its kernels are launched.
+        forward[:, COMPUTE] += p.factors.routing_sync_s
+
+
+def _launches(op: Op, p: Pricing) -> float:
+    """Return how many kernels an op launches: one, with quantisation or unfused work more."""
+    if op.kind in (OpKind.matmul, OpKind.grouped_matmul):
+        quantised = not op.trained_in_16_bit and p.job.precision.quantise_bytes_per_element > 0
+        return 2.5 if quantised else 1.0
+    return 1.0 if p.job.execution.fused_kernels else p.factors.unfused_traffic
+
+
+_MODULES = {
+    **dict.fromkeys(("fc1", "activation", "fc2", "mlp_norm", "mlp_residual"), "mlp"),
+    **dict.fromkeys(("in_proj", "conv", "scan", "scan_norm", "out_proj"), "mamba"),
+    **dict.fromkeys(("experts_fc1", "experts_activation", "experts_fc2", "combine"), "moe"),
+    "router": "moe_router",
+    "dispatch": "moe_preprocess",
+}
+
+
+def module_of(op: Op) -> str:
+    """Return the module of Megatron's CUDA graph scopes that launches an op."""
+    if op.name.startswith("shared_"):
+        return "moe_router"
+    return _MODULES.get(op.name, "attn")
 
 
 def op_seconds(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
@@ -128,6 +158,8 @@ def op_seconds(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
 
 
 def _stream(op: Op, moved_per_token: float, p: Pricing) -> Floats:
+    if not p.job.execution.fused_kernels:
+        moved_per_token = moved_per_token * p.factors.unfused_traffic
     tokens = p.slice.op_tokens(op.where) / p.slice.feature_divisor(op.where)
     return stream_s(moved_per_token * tokens * p.job.precision.act_bytes, p.at)
 
@@ -137,7 +169,7 @@ def _matmul_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     flops_per_s, width = _matmul_precision(op, p)
     fwd = matmul_s(m, n, k, flops_per_s, width, p.at) + _quantise_s(op, m * k, p)
     dgrad = matmul_s(m, k, n, flops_per_s, width, p.at) + _quantise_s(op, m * n, p)
-    wgrad = matmul_s(n, k, m, flops_per_s, width, p.at)
+    wgrad = matmul_s(n, k, m, flops_per_s, width, p.at, _gradient_bytes(p))
     return fwd, dgrad, _trained(op, wgrad, p)
 
 
@@ -145,14 +177,50 @@ def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     m, k, n = _sides(op, p)
     experts = np.maximum(op.copies / p.slice.ep, 1.0)
     flops_per_s, width = _matmul_precision(op, p)
+    flops_per_s *= p.at.grouped_fraction
     if not p.job.execution.grouped_gemm:
         launches = (experts - 1.0) * (p.at.kernel_s + p.factors.host_op_s)
     else:
         launches = np.zeros_like(m)
     fwd = grouped_matmul_s(experts, m, n, k, flops_per_s, width, p.at) + launches
     dgrad = grouped_matmul_s(experts, m, k, n, flops_per_s, width, p.at) + launches
-    quantise_in, quantise_out = _quantise_s(op, m * k, p), _quantise_s(op, m * n, p)
-    return fwd + quantise_in, dgrad + quantise_out, _trained(op, dgrad, p)
+    wgrad = launches + grouped_matmul_s(
+        experts, m, k, n, flops_per_s, width, p.at, _gradient_bytes(p)
+    )
+    added = _stream_s(2.0 * m * n * _has_bias(op), p)
+    fwd = fwd + _quantise_s(op, m * k, p) + added
+    dgrad = dgrad + _quantise_s(op, m * n, p) + added
+    fullest = _fullest(p)
+    return fwd * fullest, dgrad * fullest, _trained(op, wgrad, p) * fullest
+
+
+def _stream_s(elements: Floats, p: Pricing) -> Floats:
+    return elements * p.job.precision.act_bytes / p.at.hbm_bytes_per_s
+
+
+def _has_bias(op: Op) -> float:
+    """Return 1 where experts have biases, which a grouped product does not add by itself."""
+    return float(op.params > op.copies * op.in_features * op.out_features)
+
+
+def _fullest(p: Pricing) -> Floats:
+    """Return the tokens of the fullest expert-parallel rank over the mean.
+
+    1 + ``imbalance_fraction`` * log2(ep) where the router is not forced to balance. Ref: none, an
+    empirical law; Fedus et al., arXiv:2101.03961, section 2.2, on capacity.
+    """
+    if p.job.execution.forced_balance:
+        return np.ones_like(p.slice.ep)
+    return 1.0 + p.factors.imbalance_fraction * np.log2(p.slice.ep)
+
+
+def _gradient_bytes(p: Pricing) -> float:
+    """Return the bytes moved for each element of a weight gradient that is added to the last ones.
+
+    Fused accumulation reads and writes the sum; without it the gradient is written and read too.
+    """
+    added = 2.0 * p.job.precision.grad_bytes
+    return added if p.job.execution.fused_wgrad_accumulation else added + 2.0 * 2.0
 
 
 def _sides(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
@@ -180,15 +248,30 @@ def _trained(op: Op, wgrad: Floats, p: Pricing) -> Floats:
 
 
 def _attention_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
-    context = np.full_like(p.slice.tokens, mean_context(p.slice.seq_len, op.window, op.causal))
+    seq_len = min(p.job.execution.packed_sample_tokens or p.slice.seq_len, p.slice.seq_len)
+    context = np.full_like(p.slice.tokens, mean_context(seq_len, op.window, op.causal))
     heads = op.num_heads / p.slice.tp
     fwd = attention_s(p.slice.tokens, heads, context, op.qk_head_dim + op.v_head_dim, p.at)
     bwd = fwd * p.at.attention_backward_ratio
     if not p.job.execution.flash_attention:
-        # Scores are written, masked, normalised, dropped out and read again, whole rows each.
-        scores = p.slice.tokens * heads * float(p.slice.seq_len)
-        fwd = fwd + stream_s(8.0 * scores * p.job.precision.act_bytes, p.at)
-        bwd = bwd + stream_s(8.0 * scores * p.job.precision.act_bytes, p.at)
+        return _unfused_attention(op, heads, p)
+    return fwd, bwd, np.zeros_like(fwd)
+
+
+def _unfused_attention(op: Op, heads: Floats, p: Pricing) -> tuple[Floats, Floats, Floats]:
+    """Whole scores are written, masked, normalised, dropped out and read again.
+
+    Matmuls of [s, d] x [d, s] over the square, run as batched products; passes over the scores:
+    5 forward and 5 backward with scale, mask and softmax in one kernel, 9 and 8 without.
+    """
+    pairs = p.slice.tokens * heads * float(p.slice.seq_len)
+    dims = float(op.qk_head_dim + op.v_head_dim)
+    products = 2.0 * pairs * dims / p.at.matmul_16_bit_flops_per_s
+    thin = 1.0 + p.at.half_rows / max(min(op.qk_head_dim, op.v_head_dim), 1)
+    passes = (5.0, 5.0) if p.job.execution.fused_softmax else (9.0, 8.0)
+    scores = pairs * p.job.precision.act_bytes
+    fwd = products * thin + stream_s(passes[0] * scores, p.at)
+    bwd = 2.0 * products * thin + stream_s(passes[1] * scores, p.at)
     return fwd, bwd, np.zeros_like(fwd)
 
 
@@ -230,8 +313,15 @@ def expert_parallel_s(comm: Comm, p: Pricing) -> Floats:
     s = p.slice
     width = p.job.precision.act_bytes
     local = comm.elements * s.routed_tokens / s.etp * width
-    exchange = all_to_all_s(local, s.spans.ep, p.net)
-    return exchange + all_gather_s(local * s.etp, s.spans.etp, p.net)
+    shared = all_gather_s(local * s.etp, s.spans.etp, p.net)
+    match p.job.execution.dispatcher:
+        case "deepep" | "hybridep":
+            once = comm.elements * s.sp_tokens * width
+            return dispatch_s(once, s.routed_tokens / s.sp_tokens / s.etp, s.spans.ep, p.net)
+        case "allgather":
+            return all_gather_s(comm.elements * s.sp_tokens * width * s.ep, s.spans.ep, p.net)
+        case _:
+            return all_to_all_s(local, s.spans.ep, p.net) + shared
 
 
 def context_parallel_s(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[Floats, Floats]:

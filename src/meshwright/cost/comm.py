@@ -36,6 +36,7 @@ class Network:
     link_bytes_per_s: float
     network_bytes_per_s: float
     all_to_all_fraction: float
+    dispatch_fraction: float
     link_latency_s: float
     network_latency_s: float
     start_s: float
@@ -43,10 +44,13 @@ class Network:
 
 def network(cluster: Cluster, factors: Factors) -> Network:
     """Return the speeds in force: datasheet bandwidth times the fitted share of it."""
+    on_nvlink = cluster.nvlink_domain > 1 or cluster.num_gpus == 1
+    reached = factors.link_fraction if on_nvlink else factors.pcie_fraction
     return Network(
-        link_bytes_per_s=cluster.intra_node.bytes_per_s * factors.link_fraction,
+        link_bytes_per_s=cluster.intra_node.bytes_per_s * reached,
         network_bytes_per_s=cluster.inter_node.bytes_per_s * factors.network_fraction,
         all_to_all_fraction=factors.all_to_all_fraction,
+        dispatch_fraction=factors.dispatch_fraction,
         link_latency_s=cluster.intra_node.latency_s,
         network_latency_s=cluster.inter_node.latency_s,
         start_s=factors.collective_s,
@@ -131,6 +135,22 @@ def all_to_all_s(local_bytes: Floats, over: Span, net: Network) -> Floats:
     g, inside = over.size, over.inside
     within = local_bytes * (inside - 1) / g / (net.link_bytes_per_s * net.all_to_all_fraction)
     across = local_bytes * (g - inside) / g / (net.network_bytes_per_s * net.all_to_all_fraction)
+    return np.where(g > 1, np.maximum(within, across) + _latency_s(over, net), 0.0)
+
+
+def dispatch_s(token_bytes: Floats, topk: Floats, over: Span, net: Network) -> Floats:
+    """Dispatch or combine of DeepEP and HybridEP: a token goes once to each rank that needs it.
+
+    ``token_bytes``: all tokens of a rank, once. Of g ranks each gets a token with probability
+    1 - (1 - 1/g)^topk; over the network it goes once to each domain, 1 - (1 - inside/g)^topk.
+    Ref: DeepSeek-AI, arXiv:2412.19437, section 3.2.2; github.com/deepseek-ai/DeepEP. Left out:
+    routing limited to few nodes, and the multiprocessors that the kernels take from compute.
+    """
+    g, inside = over.size, over.inside
+    ranks = (g - 1) * (1 - (1 - 1 / g) ** topk)
+    domains = (g / inside - 1) * (1 - (1 - inside / g) ** topk)
+    within = token_bytes * ranks / (net.link_bytes_per_s * net.dispatch_fraction)
+    across = token_bytes * domains / (net.network_bytes_per_s * net.dispatch_fraction)
     return np.where(g > 1, np.maximum(within, across) + _latency_s(over, net), 0.0)
 
 

@@ -13,9 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshwright.cost.columns import Floats
-from meshwright.cost.factors import Factors
+from meshwright.cost.factors import Factors, most_specific
 from meshwright.describe.cluster import Gpu
-from meshwright.describe.job import Precision
+from meshwright.describe.job import Execution, Precision
+
+EXPONENTIALS_PER_SM_PER_S = 16 * 1.75e9
+"""The special-function units of a multiprocessor: 16 a clock (32 from compute capability 10.3)."""
+
+ATTENTION_TILE = 128
+"""Tokens of a tile of flash attention; the tiles on the diagonal are computed whole."""
 
 
 @dataclass(frozen=True)
@@ -25,34 +31,67 @@ class Speeds:
     matmul_flops_per_s: float
     matmul_16_bit_flops_per_s: float
     attention_flops_per_s: float
+    exponentials_per_s: float
     attention_backward_ratio: float
     grouped_fraction: float
+    grouped_16_bit_fraction: float
     scan_flops_per_s: float
     hbm_bytes_per_s: float
     half_rows: float
+    grouped_half_rows: float
     kernel_s: float
 
 
-def speeds(gpu: Gpu, precision: Precision, factors: Factors) -> Speeds:
+def speeds(gpu: Gpu, precision: Precision, execution: Execution, factors: Factors) -> Speeds:
     """Return the speeds in force: datasheet peaks times the fitted share of them.
 
     A precision the card has no unit for runs at the next wider one it has.
     """
     matmul = supported_dtype(gpu, precision.matmul)
-    attention = supported_dtype(gpu, precision.attention)
+    attention = supported_dtype(gpu, "fp8" if execution.fp8_attention else precision.attention)
     wide = supported_dtype(gpu, "fp16" if precision.attention == "fp16" else "bf16")
     peak, kind = gpu.peak_flops_per_s, gpu.architecture
+    clock = power_fraction(gpu, execution, factors)
+    kernel = "vendor" if execution.tuned_attention else "flash2"
+    units = 2.0 if gpu.compute_capability == "10.3" else 1.0
     return Speeds(
-        matmul_flops_per_s=peak[matmul] * factors.matmul(kind, matmul),
-        matmul_16_bit_flops_per_s=peak[wide] * factors.matmul(kind, wide),
-        attention_flops_per_s=peak[attention] * factors.attention(kind, attention),
-        attention_backward_ratio=factors.attention_backward_ratio,
-        grouped_fraction=factors.grouped_matmul_fraction,
-        scan_flops_per_s=peak[wide] * factors.scan_fraction,
+        matmul_flops_per_s=peak[matmul] * factors.matmul(kind, matmul) * clock,
+        matmul_16_bit_flops_per_s=peak[wide] * factors.matmul(kind, wide) * clock,
+        attention_flops_per_s=peak[attention] * factors.attention(kind, kernel) * clock,
+        exponentials_per_s=units
+        * gpu.num_sms
+        * EXPONENTIALS_PER_SM_PER_S
+        * clock
+        / factors.softmax_share,
+        attention_backward_ratio=most_specific(factors.attention_backward_ratio, kind, kernel, 2.5),
+        grouped_fraction=most_specific(factors.grouped_matmul_fraction, kind, matmul, 0.85),
+        grouped_16_bit_fraction=most_specific(factors.grouped_matmul_fraction, kind, wide, 0.85),
+        scan_flops_per_s=peak[wide] * factors.scan_fraction * clock,
         hbm_bytes_per_s=gpu.hbm_bytes_per_s * factors.hbm_fraction,
-        half_rows=factors.half_rows,
+        half_rows=most_specific(factors.half_rows, kind, matmul, 80.0),
+        grouped_half_rows=factors.grouped_half_rows,
         kernel_s=factors.kernel_s,
     )
+
+
+_WATTS_PER_PEAK = {"ampere": 400 / 312e12, "hopper": 700 / 989.4e12, "blackwell": 1200 / 2.5e15}
+"""Power limit per dense 16-bit FLOP/s of the card that each family's shares were fitted on."""
+
+
+def power_fraction(gpu: Gpu, execution: Execution, factors: Factors) -> float:
+    """Return the clock under load, relative to the family's usual card.
+
+    (W per peak FLOP/s / that of the usual card) ** ``power_exponent``: matmuls run into the power
+    limit long before their peak. Ref: torchtitan, docs/performance.md (500 W cards). Left out:
+    cooling, and that light kernels do not reach the limit.
+    """
+    family = (gpu.architecture.lower().split() or [""])[0]
+    usual = _WATTS_PER_PEAK.get(family)
+    peak = gpu.peak_flops_per_s.get("bf16", 0.0)
+    boost = 1.0 + factors.power_boost_fraction * float(execution.power_boost)
+    if usual is None or not peak or not gpu.power_w:
+        return boost
+    return boost * (gpu.power_w / peak / usual) ** factors.power_exponent
 
 
 _WIDER = {"fp4": "fp8", "fp8": "bf16", "bf16": "fp16", "fp16": "tf32", "tf32": "fp32"}
@@ -66,16 +105,23 @@ def supported_dtype(gpu: Gpu, dtype: str) -> str:
 
 
 def matmul_s(
-    m: Floats, n: Floats, k: Floats, flops_per_s: float, element_bytes: float, at: Speeds
+    m: Floats,
+    n: Floats,
+    k: Floats,
+    flops_per_s: float,
+    element_bytes: float,
+    at: Speeds,
+    output_bytes: float = 2.0,
 ) -> Floats:
     """Seconds of [m, k] x [k, n]: 2mnk / speed * (1 + half_rows/m') + bytes / HBM + launch.
 
     m' is the shortest side: a side of ``half_rows`` fills half of a tile wave. Bytes are both
-    inputs and the output once. Ref: as the module. Left out: the exact tile grid and power limits.
+    inputs and the output (``output_bytes`` an element) once. Ref: as the module.
+    Left out: the exact tile grid.
     """
     shortest = np.minimum(np.minimum(m, n), k)
     flops = 2.0 * m * n * k
-    moved = element_bytes * (m * k + k * n + m * n)
+    moved = element_bytes * (m * k + k * n) + output_bytes * m * n
     compute = flops / flops_per_s * (1.0 + at.half_rows / shortest)
     return compute + moved / at.hbm_bytes_per_s + at.kernel_s
 
@@ -88,28 +134,37 @@ def grouped_matmul_s(
     flops_per_s: float,
     element_bytes: float,
     at: Speeds,
+    weight_bytes: float = 0.0,
 ) -> Floats:
     """Seconds of ``experts`` products [m/experts, k] x [k, n] in one grouped kernel.
 
-    Each expert's rows fill their own tiles, so the short side is that of one expert. Ref: as the
-    module; Gale et al., arXiv:2211.15841. Left out: imbalance between experts.
+    Each expert's rows fill their own tiles, so the short side is that of one expert. An element of
+    a weight (or of its gradient) moves ``weight_bytes``, if that is given.
+    Ref: as the module; Gale et al., arXiv:2211.15841. Left out: imbalance between experts.
     """
     rows = m / experts
     shortest = np.minimum(np.minimum(rows, n), k)
-    flops = 2.0 * m * n * k / (flops_per_s * at.grouped_fraction)
-    moved = element_bytes * (m * k + experts * k * n + m * n)
-    return flops * (1.0 + at.half_rows / shortest) + moved / at.hbm_bytes_per_s + at.kernel_s
+    flops = 2.0 * m * n * k / flops_per_s
+    weights = experts * k * n * (weight_bytes or element_bytes)
+    moved = element_bytes * m * k + weights + 2.0 * m * n
+    return (
+        flops * (1.0 + at.grouped_half_rows / shortest) + moved / at.hbm_bytes_per_s + at.kernel_s
+    )
 
 
 def attention_s(
     tokens: Floats, heads: Floats, context: Floats, head_dims: float, at: Speeds
 ) -> Floats:
-    """Seconds of flash attention forward: 2 * tokens * heads * context * (qk + v dims) / speed.
+    """Seconds of flash attention forward.
 
-    ``context`` is the mean number of attended tokens (half the sequence when causal). Ref: Dao,
-    arXiv:2307.08691, section 3. Left out: softmax throughput on short head dims.
+    pairs * (2 * (qk + v dims) / speed + 1 / exponentials), pairs = tokens * heads * context, where
+    ``context`` is the mean number of attended tokens. Every pair takes an exponential, of which
+    ``softmax_share`` stays beside the matmuls; so short head dims are slower per FLOP. Ref: Dao,
+    arXiv:2307.08691, section 3; Shah et al., arXiv:2407.08608, section 3.1 (exponentials).
     """
-    return 2.0 * tokens * heads * context * head_dims / at.attention_flops_per_s + at.kernel_s
+    pairs = tokens * heads * context
+    per_pair = 2.0 * head_dims / at.attention_flops_per_s + 1.0 / at.exponentials_per_s
+    return pairs * per_pair + at.kernel_s
 
 
 def stream_s(moved_bytes: Floats, at: Speeds) -> Floats:
@@ -118,12 +173,13 @@ def stream_s(moved_bytes: Floats, at: Speeds) -> Floats:
 
 
 def mean_context(seq_len: int, window: int, causal: bool) -> float:
-    """Return the mean number of tokens that a token attends to.
+    """Return the mean number of tokens that a token is scored with, whole tiles counted.
 
-    Causal: (s + 1) / 2; with a window w < s: w - w(w-1)/(2s); full: s.
+    Causal: (s + tile) / 2; with a window w < s: w - w(w-1)/(2s) + tile / 2; full: s.
     """
     if not causal:
         return float(min(window, seq_len) if window else seq_len)
+    tile = float(min(ATTENTION_TILE, seq_len))
     if window and window < seq_len:
-        return window - window * (window - 1) / (2.0 * seq_len)
-    return (seq_len + 1) / 2.0
+        return min(window - window * (window - 1) / (2.0 * seq_len) + tile / 2.0, float(seq_len))
+    return (seq_len + tile) / 2.0

@@ -45,6 +45,8 @@ class DataParallel:
     expert_shards: Floats
     zero: Ints
     at: Speeds
+    doublings: Floats
+    """log2 of the number of nodes."""
 
 
 def data_parallel(cluster: Cluster, job: Job, x: Layouts, factors: Factors) -> DataParallel:
@@ -71,7 +73,8 @@ def data_parallel(cluster: Cluster, job: Job, x: Layouts, factors: Factors) -> D
         dense_shards=dense_shards,
         expert_shards=expert_shards,
         zero=x.zero,
-        at=speeds(cluster.gpu, job.precision, factors),
+        at=speeds(cluster.gpu, job.precision, job.execution, factors),
+        doublings=np.log2(np.maximum(x.world_size / cluster.gpus_per_node, 1.0)),
     )
 
 
@@ -90,6 +93,7 @@ def rows_of(dp: DataParallel, rows: Index) -> DataParallel:
         expert_shards=dp.expert_shards[rows],
         zero=dp.zero[rows],
         at=dp.at,
+        doublings=dp.doublings[rows],
     )
 
 
@@ -133,8 +137,10 @@ def dp_comm_s(
     micro-batch. Gradients are reduced during the last backward, weights gathered during the first
     forward; what the overlap switch hides is at most ``dp_hidden_fraction`` of that compute.
     ZeRO-3 gathers weights in every forward and backward and reduces in every backward.
+    What is hidden still takes multiprocessors and memory bandwidth from the compute beside it, and
+    a step ends with the slowest of all nodes: both count here, where ranks wait for each other.
     Ref: arXiv:1910.02054, section 7; Megatron-LM, distributed optimizer documentation.
-    Left out: the first bucket's wait and interference with other collectives.
+    Left out: the first bucket's wait.
     """
     execution, precision = job.execution, job.precision
     hide_reduce = factors.dp_hidden_fraction * float(execution.overlap_grad_reduce)
@@ -155,13 +161,21 @@ def dp_comm_s(
     # An all-reduce (nothing sharded) is a reduce-scatter and a gather of gradients.
     reduce_once = np.where(dp.zero == Zero.no_shard, 2.0 * reduce, reduce)
     gather_once = np.where(dp.zero == Zero.no_shard, 0.0, gather)
-    once = np.maximum(reduce_once - hide_reduce * backward_s, 0.0) + np.maximum(
-        gather_once - hide_gather * forward_s, 0.0
+    once = _exposed_s(reduce_once, hide_reduce * backward_s, factors) + _exposed_s(
+        gather_once, hide_gather * forward_s, factors
     )
-    per_microbatch = np.maximum(gather - hide_gather * forward_s, 0.0) + np.maximum(
-        gather + reduce - hide_reduce * backward_s, 0.0
+    per_microbatch = _exposed_s(gather, hide_gather * forward_s, factors) + _exposed_s(
+        gather + reduce, hide_reduce * backward_s, factors
     )
-    return np.where(is_full, num_microbatches * per_microbatch, once)
+    exposed = np.where(is_full, num_microbatches * per_microbatch, once)
+    work = num_microbatches * (forward_s + backward_s)
+    return exposed + factors.straggler_fraction * dp.doublings * work
+
+
+def _exposed_s(comm_s: Floats, beside_s: Floats, factors: Factors) -> Floats:
+    """Return what compute of ``beside_s`` does not hide, and what the hidden part slows it by."""
+    hidden = np.minimum(comm_s, beside_s)
+    return comm_s - hidden + factors.dp_contention_fraction * hidden
 
 
 def optimizer_s(

@@ -18,53 +18,82 @@ from typing import Any
 class Factors:
     """Fractions of peak, latencies in seconds and bytes that software holds.
 
-    ``matmul_fraction`` and ``attention_fraction``: share of the datasheet's dense peak that a large
-    matmul, or flash attention, reaches; keys are ``architecture`` or ``architecture.dtype``.
-    ``hbm_fraction``: share of HBM bandwidth of streaming kernels. ``half_rows``: rows of a matmul
-    at which it reaches half its speed (tile and wave quantisation). ``link_fraction`` and
-    ``network_fraction``: share of NVLink and of network bandwidth that collectives reach.
-    ``*_hidden_fraction``: share of a communication that its overlap switch hides behind compute.
-    ``kernel_s``: time to launch and drain one kernel; ``host_op_s``: host time per op without CUDA
-    graphs. ``framework_bytes``: context, libraries and communicators outside the allocator.
+    Kernels. ``matmul_fraction`` and ``attention_fraction``: share of the datasheet's dense peak
+    that a large matmul, or the matmuls of flash attention, reach; keys are ``architecture`` or
+    ``architecture.dtype`` (matmuls), ``architecture`` or ``architecture.flash2`` (attention
+    outside the vendor's library). ``half_rows``: rows of a matmul at which it reaches half its
+    speed (tile and wave quantisation), ``grouped_half_rows`` those of one expert.
+    ``softmax_share``: exponentials that attention does not hide behind its matmuls.
+    ``hbm_fraction``: share of HBM bandwidth of streaming kernels; ``unfused_traffic``: times the
+    traffic of fused kernels that separate ones need. ``imbalance_fraction``: for each doubling of
+    the expert-parallel ranks, how much the fullest gets beyond the mean where the router is not
+    forced to balance. ``power_exponent``: how speed falls with the power limit per peak FLOP/s.
+    ``power_boost_fraction``: what ``vboost`` adds.
+    Links. ``link_fraction``, ``pcie_fraction``, ``network_fraction``: share of NVLink, of PCIe
+    between GPUs and of network bandwidth that collectives reach; ``all_to_all_fraction`` the same
+    for all-to-alls, ``dispatch_fraction`` for the kernels of DeepEP and HybridEP.
+    ``*_hidden_fraction``: share of a communication that its overlap switch hides behind compute;
+    ``dp_contention_fraction``: share of the hidden part that slows the compute it hides behind.
+    Host. ``kernel_s``: time to launch and drain one kernel; ``host_op_s``: host time per op without
+    CUDA graphs; ``routing_sync_s``: wait of one layer whose token counts go through the host;
+    ``step_overhead_s``: what each step waits for beside it; ``straggler_fraction``: what each
+    doubling of the nodes adds to a step.
+    Memory. ``framework_bytes``: context, libraries and communicators outside the allocator.
     ``fragmentation_fraction``: allocator blocks that are held but unused.
     """
 
     matmul_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
     attention_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
-    grouped_matmul_fraction: float = 0.85
-    attention_backward_ratio: float = 2.5
-    scan_fraction: float = 0.25
-    hbm_fraction: float = 0.75
-    half_rows: float = 96.0
+    attention_backward_ratio: Mapping[str, float] = field(default_factory=dict[str, float])
+    grouped_matmul_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
+    softmax_share: float = 0.3
+    scan_fraction: float = 0.15
+    hbm_fraction: float = 0.8
+    unfused_traffic: float = 2.5
+    half_rows: Mapping[str, float] = field(default_factory=dict[str, float])
+    grouped_half_rows: float = 96.0
+    imbalance_fraction: float = 0.1
+    power_exponent: float = 0.6
+    power_boost_fraction: float = 0.03
     link_fraction: float = 0.75
+    pcie_fraction: float = 0.35
     network_fraction: float = 0.8
     all_to_all_fraction: float = 0.6
+    dispatch_fraction: float = 0.7
     collective_s: float = 12e-6
     tp_hidden_fraction: float = 0.6
     cp_hidden_fraction: float = 0.8
     ep_hidden_fraction: float = 0.7
     dp_hidden_fraction: float = 0.9
+    dp_contention_fraction: float = 0.1
     pp_hidden_fraction: float = 0.8
     kernel_s: float = 3e-6
     host_op_s: float = 9e-6
+    routing_sync_s: float = 100e-6
     step_overhead_s: float = 0.02
+    straggler_fraction: float = 0.005
     framework_bytes: float = 1.6e9
     communicator_bytes: float = 2.5e8
     fragmentation_fraction: float = 0.02
 
     def matmul(self, architecture: str, dtype: str) -> float:
         """Return the share of peak of a large matmul."""
-        return _most_specific(self.matmul_fraction, architecture, dtype, 0.7)
+        return most_specific(self.matmul_fraction, architecture, dtype, 0.7)
 
-    def attention(self, architecture: str, dtype: str) -> float:
-        """Return the share of peak of flash attention, forward."""
-        return _most_specific(self.attention_fraction, architecture, dtype, 0.5)
+    def attention(self, architecture: str, kernel: str) -> float:
+        """Return the share of peak of the matmuls of flash attention, forward."""
+        return most_specific(self.attention_fraction, architecture, kernel, 0.6)
 
 
-def _most_specific(
-    table: Mapping[str, float], architecture: str, dtype: str, default: float
+def most_specific(
+    table: Mapping[str, float], architecture: str, detail: str, default: float
 ) -> float:
-    for key in (f"{architecture}.{dtype}", architecture, dtype):
+    """Return the value of ``architecture.detail``, else of either alone, else ``default``.
+
+    "Blackwell Ultra" is a Blackwell: the first word of an architecture counts.
+    """
+    family = (architecture.lower().split() or [""])[0]
+    for key in (f"{family}.{detail}", family, detail):
         if key in table:
             return table[key]
     return default

@@ -121,6 +121,9 @@ class Execution:
     """What ``partial`` CUDA graphs hold: attn, mamba, mlp, moe_router, moe_preprocess, moe."""
     dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = "alltoall"
     flash_attention: bool = True
+    tuned_attention: bool = True
+    """Flash attention of the vendor's library, rather than FlashAttention-2 for every card."""
+    fp8_attention: bool = False
     fused_softmax: bool = True
     """Scale, mask and softmax in one kernel, where attention is not flash."""
     fused_kernels: bool = True

@@ -23,13 +23,25 @@ class Framework:
     cp_comm: str = "p2p"
     flash_attention: bool = True
     overlap_pp: bool = True
+    tuned_attention: bool = True
+    gathers_once: bool = False
 
 
 FRAMEWORKS = (
     Framework(
-        name="torchtitan", fused_wgrad_accumulation=False, cp_comm="all_gather", overlap_pp=False
+        name="torchtitan",
+        fused_wgrad_accumulation=False,
+        cp_comm="all_gather",
+        overlap_pp=False,
+        tuned_attention=False,
+        gathers_once=True,
     ),
-    Framework(name="composer", fused_kernels=False, fused_wgrad_accumulation=False),
+    Framework(
+        name="composer",
+        fused_kernels=False,
+        fused_wgrad_accumulation=False,
+        tuned_attention=False,
+    ),
     Framework(name="automodel", fused_wgrad_accumulation=False),
     Framework(
         name="deepspeed",

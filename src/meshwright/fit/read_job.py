@@ -143,6 +143,8 @@ def read_execution(s: Settings, framework: Framework) -> Execution:
         graphed_modules=modules,
         dispatcher=_dispatcher(s),
         flash_attention=flash,
+        tuned_attention=framework.tuned_attention or "te" in s.text("kernels"),
+        fp8_attention=s.flag("fp8_dot_product_attention", default=False),
         fused_softmax="unfused" not in attention,
         fused_kernels=_fused_kernels(s, framework),
         fused_cross_entropy=_fused_cross_entropy(s, framework),

@@ -240,7 +240,9 @@ def _sharding(s: Settings, framework: Framework, group: int) -> tuple[Zero, int]
         if number < 1 or group % number:
             s.assumed.append(f"fsdp over {size} is read as {group}, the ranks there are")
             number = group
-        zero = Zero.optim_grads if kind == "shard_grad_op" else Zero.optim_grads_params
+        # In a pipeline FSDP2 keeps the weights gathered from the first micro-batch to the last.
+        gathered = kind == "shard_grad_op" or (framework.gathers_once and s.number("pp") != 1)
+        zero = Zero.optim_grads if gathered else Zero.optim_grads_params
         return zero, group // number
     if kind not in ("none", ""):
         s.assumed.append(f"fsdp {kind!r} is read as none")
