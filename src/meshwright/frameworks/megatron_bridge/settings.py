@@ -175,19 +175,26 @@ _WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 def _typed(path: str, value: Any) -> Any:
     if path == "mixed_precision":
-        return value.replace("-", "_") if isinstance(value, str) else value
+        if value is not None and not isinstance(value, str):
+            raise UnusableOverride(path, value, "A recipe has a name.", f"Write {path}=bf16_mixed.")
+        return value.replace("-", "_") if value else None
     if path == "dataset_kind":
         if value not in DATASET_KINDS:
             rule = f"The dataset is one of {', '.join(DATASET_KINDS)}."
             raise UnusableOverride(path, value, rule, f"Write {path}=sft.")
         return value
-    kind = settings()[path].type
-    if value is None or kind == "any":
+    setting = settings()[path]
+    kind = setting.type
+    if kind == "any" or (value is None and (setting.default is None or kind not in _NUMBERS)):
         return value
     fits, what, example = _TYPES[kind]
     if not fits(value):
         raise UnusableOverride(path, value, f"{path} is {what}.", f"Write {path}={example}.")
     return pattern(value) if kind == "pattern" and isinstance(value, str) else value
+
+
+_NUMBERS = ("int", "float")
+"""Numbers that have a default always have a value."""
 
 
 def _whole(value: object) -> bool:

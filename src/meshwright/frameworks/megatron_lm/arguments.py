@@ -1,12 +1,12 @@
 """Megatron-LM's command line: every argument, its type, choices and default.
 
-``arguments.csv`` holds one row an argument: facts of the software as of August 2026. Parsing is
-argparse's own, as in Megatron-LM, with abbreviations off and no argument required.
+``arguments.csv`` holds one row an argument: facts of the software as of August 2026. Reading
+follows argparse with abbreviations off, as in Megatron-LM; argparse itself would spend most of a
+check looping over the 800 arguments that are not given.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import re
@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal, NoReturn
+from itertools import takewhile
+from typing import Any, Literal
 
 from meshwright.errors import did_you_mean
 
@@ -96,61 +97,90 @@ def _defaults() -> tuple[dict[str, Any], tuple[str, ...]]:
 def parse(argv: Sequence[str]) -> dict[str, Any]:
     """Return the settings that ``argv`` gives, by name; defaults are not filled in.
 
+    As argparse with abbreviations off: ``--flag value``, ``--flag=value``, lists until the next
+    flag, and a later flag wins.
+
     Raises ``UnusableArgument`` where argparse would refuse the command line.
     """
-    parser = _parser()
+    given: dict[str, Any] = {}
+    at = 0
+    while at < len(argv):
+        flag, sign, value = argv[at].partition("=")
+        argument = arguments().get(argv[at])
+        if argument is not None:
+            flag, sign = argv[at], ""
+        argument = argument or arguments().get(flag)
+        if argument is None:
+            raise _unknown(argv[at])
+        at += 1
+        if argument.action != "store":
+            if sign:
+                raise UnusableArgument(flag, value, f"{flag} takes no value.", "Drop the value.")
+            given[argument.name] = _switched(argument, flag)
+            continue
+        if sign and argument.nargs.isdigit() and int(argument.nargs) != 1:
+            rule = f"{flag} expects {argument.nargs} values."
+            raise UnusableArgument(flag, value, rule, _how(argument))
+        values = [value] if sign else _values(argument, flag, argv[at:])
+        at += 0 if sign else len(values)
+        typed = [_typed(argument, flag, v) for v in values]
+        given[argument.name] = typed if argument.nargs else typed[0]
+    return given
+
+
+def _unknown(token: str) -> UnusableArgument:
+    flag = token.partition("=")[0][:80]
+    if not flag.startswith("-"):
+        return UnusableArgument(flag, token, f"No flag takes the value {flag!r}.", "Leave it out.")
+    rule = f"There is no argument {flag}; abbreviations are off."
+    return UnusableArgument(flag, token, rule, did_you_mean(flag, arguments()))
+
+
+def _switched(argument: Argument, flag: str) -> bool:
+    if argument.action == "on_off":
+        return not flag.startswith("--no-")
+    return argument.action == "on"
+
+
+_NEGATIVE = re.compile(r"-\d+|-\d*\.\d+")
+
+
+def _is_value(token: str) -> bool:
+    if not token.startswith("-") or token == "-" or _NEGATIVE.fullmatch(token):
+        return True
+    known = token in arguments() or token.partition("=")[0] in arguments()
+    return " " in token and not known
+
+
+def _values(argument: Argument, flag: str, rest: Sequence[str]) -> list[str]:
+    """Return the values that follow ``flag``: one, a number of them, or all until a flag."""
+    most = {"": 1, "+": len(rest), "*": len(rest)}.get(argument.nargs)
+    count = int(argument.nargs) if most is None else most
+    values = list(takewhile(_is_value, rest[:count]))
+    least = count if most is None else int(argument.nargs != "*")
+    if len(values) < least:
+        rule = f"{flag} expects {'a value' if least == 1 else f'{least} values'}."
+        raise UnusableArgument(flag, values, rule, _how(argument))
+    return values
+
+
+def _typed(argument: Argument, flag: str, text: str) -> Any:
     try:
-        values, unknown = parser.parse_known_args(list(argv))
-    except ValueError as error:
-        if isinstance(error, UnusableArgument):
-            raise
-        raise UnusableArgument("", list(argv), f"{error}", "Check the values.") from None
-    if unknown:
-        first = unknown[0].partition("=")[0]
-        remedy = did_you_mean(first, arguments()) if first.startswith("-") else "Leave it out."
-        raise UnusableArgument(first, unknown[0], f"There is no argument {first}.", remedy)
-    return vars(values)
+        value = _READERS[argument.type](text)
+    except ValueError:
+        shown = text[:80]
+        rule = f"{flag} takes {_KINDS[argument.type]}, not {shown!r}."
+        raise UnusableArgument(flag, text, rule, _how(argument)) from None
+    if argument.choices and text not in argument.choices:
+        rule = f"{flag} takes no {text[:80]!r}."
+        raise UnusableArgument(flag, text, rule, _how(argument))
+    return value
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        flag, _, reason = message.removeprefix("argument ").partition(": ")
-        if not message.startswith("argument "):
-            flag, reason = "", message
-        known = arguments().get(flag.split("/")[0])
-        remedy = "Give the value that the argument takes."
-        if known is not None and known.choices:
-            remedy = "Choose from " + ", ".join(known.choices) + "."
-        elif known is not None and known.type:
-            remedy = f"Give {_KINDS.get(known.type, 'a value')}."
-        rule = f"{flag}: {reason}." if flag else f"{reason}."
-        raise UnusableArgument(flag.split("/")[0], reason, rule, remedy)
-
-
-@cache
-def _parser() -> _Parser:
-    parser = _Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
-    for argument in {a.flags: a for a in arguments().values()}.values():
-        options: dict[str, Any] = {"dest": argument.name}
-        if argument.action == "on":
-            options["action"] = "store_true"
-        elif argument.action == "off":
-            options["action"] = "store_false"
-        elif argument.action == "on_off":
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = _READERS[argument.type]
-            options["choices"] = _typed_choices(argument)
-            if argument.nargs:
-                nargs = argument.nargs
-                options["nargs"] = int(nargs) if nargs.isdigit() else nargs
-        flags = argument.flags[:1] if argument.action == "on_off" else argument.flags
-        parser.add_argument(*flags, default=argparse.SUPPRESS, **options)
-    return parser
-
-
-def _typed_choices(argument: Argument) -> list[Any] | None:
-    return [_READERS[argument.type](c) for c in argument.choices] or None
+def _how(argument: Argument) -> str:
+    if argument.choices:
+        return "Choose from " + ", ".join(argument.choices) + "."
+    return f"Give {_KINDS[argument.type]}."
 
 
 def pattern(text: str) -> int | list[int]:
@@ -265,6 +295,7 @@ _KINDS = {
     "int": "a whole number",
     "float": "a number",
     "str": "a text",
+    "bool": "a text",
     "ints": "whole numbers joined by commas",
     "pattern": "a whole number or a list such as ([0]*1+[1]*31)",
 }

@@ -1,4 +1,4 @@
-"""Rules of the model: heads, widths, positions, sequence, latent and linear attention."""
+"""Rules of attention: heads and groups, positions, latent, sparse and linear attention."""
 
 from __future__ import annotations
 
@@ -10,28 +10,10 @@ from meshwright.frameworks.megatron_lm.rules import (
     error,
     indivisible,
     is_list,
-    multiples_near,
     warning,
 )
 
-_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 _LINEAR = ("gdn", "gdp", "gated_delta_net")
-
-
-def _missing(s: Settings) -> object:
-    return next(({"field": n} for n in _REQUIRED if getattr(s, n) is None), None)
-
-
-def _not_positive(s: Settings) -> object:
-    return next(({"field": n} for n in _REQUIRED if getattr(s, n) < 1), None)
-
-
-def _ffn_default(s: Settings) -> object:
-    if s.ffn_hidden_size is not None:
-        return None
-    if s.swiglu:
-        return {"ffn_hidden_size": 8 * s.hidden_size // 192 * 64}
-    return {"ffn_hidden_size": 4 * s.hidden_size}
 
 
 def _latent_by_pattern(s: Settings) -> object:
@@ -47,23 +29,6 @@ def _linear_heads(s: Settings) -> tuple[int, int]:
     return s.linear_num_key_heads or 0, s.linear_num_value_heads or 0
 
 
-def _no_rope(s: Settings) -> object:
-    freq: object = s.no_rope_freq
-    return isinstance(freq, int) and freq > 0 and s.num_layers % freq
-
-
-def _no_rope_length(s: Settings) -> object:
-    freq: object = s.no_rope_freq
-    return is_list(freq) and len(freq) not in (0, s.num_layers)
-
-
-def _cp_kinds(s: Settings) -> object:
-    kinds: object = s.cp_comm_type
-    if s.cp <= 1 or not is_list(kinds):
-        return None
-    return len(kinds) != s.num_layers and {"kinds": len(kinds)}
-
-
 def _not_all_gather(s: Settings) -> bool:
     given: object = s.cp_comm_type
     kinds = given if is_list(given) else [given]
@@ -71,72 +36,11 @@ def _not_all_gather(s: Settings) -> bool:
     return s.experimental_attention_variant == "dsa" and s.cp > 1 and names != {"allgather"}
 
 
-def _sequence_not_split(s: Settings) -> object:
-    local = s.seq_length // s.cp
-    return (
-        s.sequence_parallel
-        and local % s.tp
-        and {
-            "local": local,
-            "nearest": multiples_near(s.seq_length, s.tp * s.cp),
-        }
-    )
-
-
 def _rotary_kernel_missing(s: Settings) -> bool:
     return s.apply_rope_fusion and not s.multi_latent_attention and not s.site.te_at_least(1, 4)
 
 
 RULES = (
-    error(
-        "MLM-ARG-layers_encoder",
-        "validate_args:1305",
-        "encoder_num_layers",
-        lambda s: s.num_layers is not None and s.encoder_num_layers is not None,
-        "The number of layers is given twice.",
-        "Drop --encoder-num-layers.",
-    ),
-    error(
-        "MLM-ARG-layers_given",
-        "validate_args:1309",
-        "num_layers",
-        lambda s: s.num_layers is None and s.encoder_num_layers is None,
-        "The number of layers is mandatory.",
-        "Add --num-layers.",
-        final=True,
-    ),
-    derive(
-        "validate_args:1310",
-        lambda s: s.num_layers is None and {"num_layers": s.encoder_num_layers},
-    ),
-    error(
-        "MLM-ARG-required",
-        "validate_args:1312",
-        "hidden_size",
-        _missing,
-        "It is mandatory, as are layers, hidden size, heads and position embeddings.",
-        "Give it.",
-        final=True,
-    ),
-    error(
-        "MLM-ARG-model_positive",
-        "validate_args:1313",
-        "hidden_size",
-        _not_positive,
-        "It is at least 1.",
-        "Use 1 or more.",
-        final=True,
-    ),
-    change(
-        "MLM-ARG-ffn_default",
-        "validate_args:1327",
-        "ffn_hidden_size",
-        _ffn_default,
-        "Left out, the width of the MLP is {ffn_hidden_size}: 4*hidden, or 8/3*hidden rounded "
-        "down to a multiple of 64 with SwiGLU.",
-        "Write --ffn-hidden-size.",
-        severity="note",
-    ),
     error(
         "MLM-ARG-kv_div",
         "validate_args:1332",
@@ -153,87 +57,6 @@ RULES = (
     derive(
         "validate_args:1333",
         lambda s: s.kv_channels is None and {"kv_channels": s.hidden_size // s.num_attention_heads},
-    ),
-    error(
-        "MLM-ARG-seq_2cp",
-        "validate_args:1336",
-        "seq_length",
-        lambda s: (
-            s.seq_length is not None
-            and s.cp > 1
-            and s.seq_length % (2 * s.cp)
-            and {"unit": 2 * s.cp, "nearest": multiples_near(s.seq_length, 2 * s.cp)}
-        ),
-        "Context parallelism cuts a sequence into 2*cp = {unit} pieces of equal length; "
-        "{seq_length} is no multiple.",
-        "Use {nearest}.",
-    ),
-    change(
-        "MLM-ARG-document_mask",
-        "validate_args:1340",
-        "create_attention_mask_in_dataloader",
-        lambda s: (
-            s.dataloader_inter_document_masking and {"create_attention_mask_in_dataloader": False}
-        ),
-        "Masking between documents replaces the mask made by the data loader.",
-        severity="note",
-    ),
-    error(
-        "MLM-ARG-seq_encoder",
-        "validate_args:1347",
-        "encoder_seq_length",
-        lambda s: s.seq_length is not None and s.encoder_seq_length is not None,
-        "The sequence length is given twice.",
-        "Drop --encoder-seq-length.",
-    ),
-    error(
-        "MLM-ARG-seq_given",
-        "validate_args:1350",
-        "seq_length",
-        lambda s: s.seq_length is None and s.encoder_seq_length is None,
-        "The sequence length is mandatory.",
-        "Add --seq-length.",
-        final=True,
-    ),
-    derive(
-        "validate_args:1351",
-        lambda s: s.seq_length is None and {"seq_length": s.encoder_seq_length},
-    ),
-    error(
-        "MLM-ARG-maxpos",
-        "validate_args:1354",
-        "max_position_embeddings",
-        lambda s: s.max_position_embeddings < s.seq_length,
-        "The position embeddings ({max_position_embeddings}) cover the sequence ({seq_length}).",
-        "Use --max-position-embeddings {seq_length} or more.",
-    ),
-    error(
-        "MLM-ARG-maxpos_dec",
-        "validate_args:1358",
-        "max_position_embeddings",
-        lambda s: (
-            s.decoder_seq_length is not None and s.max_position_embeddings < s.decoder_seq_length
-        ),
-        "The position embeddings ({max_position_embeddings}) cover the decoder's sequence "
-        "({decoder_seq_length}).",
-        "Use --max-position-embeddings {decoder_seq_length} or more.",
-    ),
-    change(
-        "MLM-ARG-bias_gelu_off",
-        "validate_args:1600",
-        "bias_gelu_fusion",
-        lambda s: not s.add_bias_linear and {"bias_gelu_fusion": False},
-        "Without biases their fusion with GELU is off.",
-        severity="note",
-    ),
-    change(
-        "MLM-ARG-qkv_bias",
-        "validate_args:1604",
-        "add_qkv_bias",
-        lambda s: s.add_bias_linear and {"add_qkv_bias": True},
-        "Biases of linear layers, on by default, include those of query, key and value.",
-        "Add --disable-bias-linear for a model without biases.",
-        severity="note",
     ),
     error(
         "MLM-ARG-qkclip_te",
@@ -323,28 +146,12 @@ RULES = (
         "Drop --mla-down-proj-fusion.",
     ),
     error(
-        "MLM-CFG-sq_relu",
-        "config_from_args:321",
-        "squared_relu",
-        lambda s: (s.squared_relu or s.quick_geglu) and s.swiglu,
-        "SwiGLU excludes other activations.",
-        "Keep one of them.",
-    ),
-    error(
         "MLM-CFG-rope_type",
         "config_from_args:339",
         "rope_type",
         lambda s: not s.multi_latent_attention and s.rope_type not in (None, "rope"),
         "Only latent attention knows the rotary type {rope_type}.",
         "Use --rope-type rope, or leave it out.",
-    ),
-    error(
-        "MLM-TC-mtp_hsm",
-        "transformer_config:1417",
-        "mtp_hsm",
-        lambda s: s.mtp_hsm and (s.mtp_num_layers or 0) < 2,
-        "Hidden state mixing needs two MTP layers.",
-        "Use {write[mtp_num_layers=2]}.",
     ),
     error(
         "MLM-TC-heads_tp",
@@ -355,10 +162,6 @@ RULES = (
         ),
         "The {num_attention_heads} attention heads must split over tp = {tp}.",
         "Use tp = {choices}.",
-    ),
-    derive(
-        "config_from_args:339.5",
-        lambda s: len(s.cp_comm_type) == 1 and {"cp_comm_type": s.cp_comm_type[0]},
     ),
     derive(
         "config_from_args:340",
@@ -430,25 +233,6 @@ RULES = (
         "Use {write[add_bias_linear=false]}.",
     ),
     error(
-        "MLM-TC-te_act",
-        "transformer_config:2447",
-        "use_te_activation_func",
-        lambda s: (
-            s.use_te_activation_func and (s.bias_swiglu_fusion if s.swiglu else s.bias_gelu_fusion)
-        ),
-        "Transformer Engine's activation excludes the fusion of bias and activation, on by "
-        "default.",
-        "Turn the fusion off (--no-bias-swiglu-fusion or --no-bias-gelu-fusion).",
-    ),
-    error(
-        "MLM-TC-res_rms",
-        "transformer_config:2455",
-        "normalization",
-        lambda s: s.fused_residual_rmsnorm and s.normalization != "RMSNorm",
-        "The fused residual norm is an RMSNorm, not {normalization}.",
-        "Use {write[normalization=RMSNorm]}.",
-    ),
-    error(
         "MLM-TC-rope_fusion_te",
         "transformer_config:2518",
         "apply_rope_fusion",
@@ -463,38 +247,6 @@ RULES = (
         lambda s: s.multi_latent_attention and s.rotary_interleaved,
         "Latent attention has no interleaved rotary positions.",
         "Drop {write[rotary_interleaved]}.",
-    ),
-    error(
-        "MLM-TC-cp_list",
-        "transformer_config:3105",
-        "cp_comm_type",
-        _cp_kinds,
-        "{kinds} kinds of context parallel communication for {num_layers} layers.",
-        "Give one for all layers, or one a layer.",
-    ),
-    error(
-        "MLM-TC-sym_ar",
-        "transformer_config:3134",
-        "symmetric_ar_type",
-        lambda s: s.symmetric_ar_type is not None and not s.site.te_at_least(2, 3),
-        "The all-reduce over symmetric memory needs Transformer Engine 2.3.",
-        "Install it, or drop {write[symmetric_ar_type]}.",
-    ),
-    error(
-        "MLM-TC-norope_div",
-        "transformer_config:3141",
-        "no_rope_freq",
-        _no_rope,
-        "The {num_layers} layers must be a multiple of {no_rope_freq}.",
-        "Choose a divisor of {num_layers}.",
-    ),
-    error(
-        "MLM-TC-norope_len",
-        "transformer_config:3150",
-        "no_rope_freq",
-        _no_rope_length,
-        "The pattern has one entry for each of the {num_layers} layers.",
-        "Write {num_layers} entries.",
     ),
     error(
         "MLM-TC-dsa_cp",
@@ -545,15 +297,6 @@ RULES = (
         lambda s: s.multi_latent_attention and s.cache_mla_latents and s.apply_rope_fusion,
         "Caching latents excludes the fused rotary kernel.",
         "Use {write[apply_rope_fusion=false]}.",
-    ),
-    error(
-        "MLM-SP-seq_split",
-        "sp_shape:72",
-        "seq_length",
-        _sequence_not_split,
-        "The {local} tokens of a rank (sequence over cp = {cp}) must split over tp = {tp} under "
-        "sequence parallelism.",
-        "Use a sequence of {nearest}.",
     ),
     warning(
         "MLM-TC-mla_fusion_training",

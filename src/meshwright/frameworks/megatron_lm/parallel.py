@@ -1,4 +1,4 @@
-"""Rules of the degrees: world size, tensor, context, expert and generalised tensor parallelism."""
+"""Rules of the degrees: world size, tensor, context and expert parallelism, process groups."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from meshwright.frameworks.megatron_lm.rules import (
 )
 
 _DENSE = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+
+
 _DEGREES = (*_DENSE, "expert_model_parallel_size", "expert_tensor_parallel_size")
 
 
@@ -26,26 +28,6 @@ def _zero(s: Settings) -> object:
 
 def _not_positive(s: Settings) -> object:
     return next(({"field": n} for n in _DEGREES if getattr(s, n) < 1), None)
-
-
-def _weight_shards(s: Settings) -> dict[str, Any]:
-    shards: int | None = s.tensor_parallel_num_weight_shards
-    if shards is None:
-        shards = s.tp
-    return {
-        "tensor_parallel_num_weight_shards": shards,
-        "gtp_weight_remat_size": shards // s.tp,
-    }
-
-
-def _expert_weight_shards(s: Settings) -> dict[str, Any]:
-    shards: int | None = s.expert_tensor_parallel_num_weight_shards
-    if shards is None:
-        shards = s.etp
-    return {
-        "expert_tensor_parallel_num_weight_shards": shards,
-        "expert_gtp_weight_remat_size": shards // s.etp if s.etp else 1,
-    }
 
 
 def _world_not_divisible(s: Settings) -> object:
@@ -78,10 +60,6 @@ def _hierarchy_product(s: Settings) -> object:
     return sizes and product != s.cp and {"product": product if product < 2**63 else "far more"}
 
 
-def _hopper(s: Settings) -> bool:
-    return s.site.device_capability[0] < 10
-
-
 def _one_connection(s: Settings) -> bool:
     return s.site.env.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
 
@@ -93,33 +71,20 @@ def _split(s: Settings) -> bool:
 def _connections_ignored(s: Settings) -> object:
     return (
         _split(s)
-        and _hopper(s)
+        and s.site.before_blackwell
         and not (s.use_torch_fsdp2 or s.use_megatron_fsdp or s.overlap_moe_expert_parallel_comm)
         and not _one_connection(s)
         and {"given": s.site.env.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset")}
     )
 
 
-def _uses_gtp(s: Settings) -> bool:
-    return s.gtp > 1 or s.expert_gtp_weight_remat_size > 1
-
-
 def _stream_groups(s: Settings) -> dict[str, Any]:
     groups = list(s.high_priority_stream_groups)
-    blackwell = not _hopper(s)
+    blackwell = not s.site.before_blackwell
     if s.use_torch_fsdp2 or (s.use_megatron_fsdp and blackwell):
         groups += [] if "dp_cp" in groups else ["dp_cp"]
         if s.ep > 1:
             groups += [] if "ep_dp" in groups else ["ep_dp"]
-    return {"high_priority_stream_groups": groups}
-
-
-def _gtp_stream_groups(s: Settings) -> dict[str, Any]:
-    groups = list(s.high_priority_stream_groups)
-    if _uses_gtp(s) and not _hopper(s):
-        groups += [] if "gtp_remat" in groups else ["gtp_remat"]
-        if s.expert_gtp_weight_remat_size > 1:
-            groups += [] if "expt_gtp_remat" in groups else ["expt_gtp_remat"]
     return {"high_priority_stream_groups": groups}
 
 
@@ -161,34 +126,6 @@ RULES = (
         "Use 1 or more.",
         final=True,
     ),
-    error(
-        "MLM-MPC-shards_ge_tp",
-        "validate_args:425",
-        "tensor_parallel_num_weight_shards",
-        lambda s: (
-            s.tensor_parallel_num_weight_shards is not None
-            and s.tensor_parallel_num_weight_shards < s.tp
-        ),
-        "Weights are split at least over tensor parallelism: {tensor_parallel_num_weight_shards} "
-        "shards are fewer than tp = {tp}.",
-        "Use {tp} or a multiple of it, or leave it out.",
-        final=True,
-    ),
-    error(
-        "MLM-MPC-shards_div_tp",
-        "validate_args:426",
-        "tensor_parallel_num_weight_shards",
-        lambda s: (
-            s.tensor_parallel_num_weight_shards is not None
-            and s.tensor_parallel_num_weight_shards % s.tp
-            and {"nearest": multiples_near(s.tensor_parallel_num_weight_shards, s.tp)}
-        ),
-        "The weight shards must be a multiple of tp: {tensor_parallel_num_weight_shards} mod {tp} "
-        "is not 0.",
-        "Use {nearest}.",
-        final=True,
-    ),
-    derive("validate_args:427", _weight_shards),
     error(
         "MLM-ARG-world_div",
         "validate_args:432",
@@ -300,7 +237,9 @@ RULES = (
         "MLM-ARG-conn_fsdp",
         "validate_args:1457",
         "context_parallel_size",
-        lambda s: _split(s) and _hopper(s) and (s.use_torch_fsdp2 or s.use_megatron_fsdp),
+        lambda s: (
+            _split(s) and s.site.before_blackwell and (s.use_torch_fsdp2 or s.use_megatron_fsdp)
+        ),
         "Before Blackwell, tensor and context parallelism want CUDA_DEVICE_MAX_CONNECTIONS=1 and "
         "fully sharded data parallelism wants more.",
         "Measure both, or use tp = cp = 1 with FSDP.",
@@ -311,7 +250,7 @@ RULES = (
         "overlap_moe_expert_parallel_comm",
         lambda s: (
             _split(s)
-            and _hopper(s)
+            and s.site.before_blackwell
             and not (s.use_torch_fsdp2 or s.use_megatron_fsdp)
             and s.overlap_moe_expert_parallel_comm
         ),
@@ -336,117 +275,6 @@ RULES = (
         "The communication streams of fully sharded data parallelism get high priority: "
         "{high_priority_stream_groups}.",
         severity="note",
-    ),
-    error(
-        "MLM-MPC-shards_ge_tp",
-        "validate_args:1500",
-        "expert_tensor_parallel_num_weight_shards",
-        lambda s: (
-            s.expert_tensor_parallel_num_weight_shards is not None
-            and s.expert_tensor_parallel_num_weight_shards < s.etp
-        ),
-        "Expert weights are split at least over expert tensor parallelism: "
-        "{expert_tensor_parallel_num_weight_shards} shards are fewer than etp = {etp}.",
-        "Use {etp} or a multiple of it, or leave it out.",
-        final=True,
-    ),
-    error(
-        "MLM-MPC-shards_div_tp",
-        "validate_args:1501",
-        "expert_tensor_parallel_num_weight_shards",
-        lambda s: (
-            s.expert_tensor_parallel_num_weight_shards is not None
-            and indivisible(s.expert_tensor_parallel_num_weight_shards, s.etp)
-        ),
-        "The expert weight shards must be a multiple of etp: "
-        "{expert_tensor_parallel_num_weight_shards} mod {etp} is not 0.",
-        "Use a multiple of {etp}.",
-        final=True,
-    ),
-    derive("validate_args:1502", _expert_weight_shards),
-    error(
-        "MLM-ARG-gtp_fp4",
-        "validate_args:1517",
-        "fp4_param_gather",
-        lambda s: _uses_gtp(s) and s.fp4 and not s.fp4_param_gather,
-        "Weight shards beyond tp keep only quantised weights under FP4.",
-        "Add --fp4-param-gather.",
-    ),
-    change(
-        "MLM-ARG-gtp_prio",
-        "validate_args:1530",
-        "high_priority_stream_groups",
-        _gtp_stream_groups,
-        "The communication streams of the weight shards get high priority.",
-        severity="note",
-    ),
-    error(
-        "MLM-ARG-gtp_graph_env",
-        "validate_args:1541",
-        "CUDA_GRAPHS_USE_NODE_PRIORITY",
-        lambda s: (
-            _uses_gtp(s)
-            and not _hopper(s)
-            and s.cuda_graph_impl != "none"
-            and s.site.env.get("CUDA_GRAPHS_USE_NODE_PRIORITY") != "1"
-        ),
-        "From Blackwell on, weight shards beyond tp with CUDA graphs need "
-        "CUDA_GRAPHS_USE_NODE_PRIORITY=1.",
-        "Export it.",
-    ),
-    error(
-        "MLM-ARG-gtp_avg",
-        "validate_args:1553",
-        "ddp_average_in_collective",
-        lambda s: _uses_gtp(s) and s.ddp_average_in_collective,
-        "Weight shards beyond tp exclude averaging in the collective.",
-        "Drop --ddp-average-in-collective.",
-    ),
-    error(
-        "MLM-ARG-gtp_ckpt",
-        "validate_args:1558",
-        "ckpt_format",
-        lambda s: _uses_gtp(s) and s.ckpt_format not in ("torch", "torch_dist"),
-        "Weight shards beyond tp are saved as torch or torch_dist, not {ckpt_format}.",
-        "Use --ckpt-format torch_dist.",
-    ),
-    error(
-        "MLM-ARG-gtp_reshard",
-        "validate_args:1562",
-        "distrib_optim_fully_reshardable_mem_efficient",
-        lambda s: (
-            _uses_gtp(s)
-            and s.dist_ckpt_optim_fully_reshardable
-            and s.distrib_optim_fully_reshardable_mem_efficient
-        ),
-        "Weight shards beyond tp exclude the memory-efficient fully reshardable checkpoint.",
-        "Drop --distrib-optim-fully-reshardable-mem-efficient.",
-    ),
-    error(
-        "MLM-ARG-gtp_mxfp8",
-        "validate_args:1576",
-        "fp8_param_gather",
-        lambda s: _uses_gtp(s) and s.fp8_recipe == "mxfp8" and not s.fp8_param_gather,
-        "Weight shards beyond tp keep no 16-bit weights under mxfp8.",
-        "Add --fp8-param-gather.",
-    ),
-    error(
-        "MLM-ARG-gtp_mxfp8_reuse",
-        "validate_args:1583",
-        "reuse_grad_buf_for_mxfp8_param_ag",
-        lambda s: (
-            _uses_gtp(s) and s.fp8_recipe == "mxfp8" and not s.reuse_grad_buf_for_mxfp8_param_ag
-        ),
-        "Weight shards beyond tp gather mxfp8 weights through the gradient buffer.",
-        "Add --reuse-grad-buf-for-mxfp8-param-ag.",
-    ),
-    error(
-        "MLM-ARG-gtp_ub",
-        "validate_args:1592",
-        "disable_symmetric_registration",
-        lambda s: _uses_gtp(s) and s.gtp_remat_nccl_ub and s.disable_symmetric_registration,
-        "NCCL user buffers for weight shards need symmetric registration.",
-        "Drop --disable-symmetric-registration.",
     ),
     error(
         "MLM-MPC-sp_tp",
@@ -493,15 +321,6 @@ RULES = (
         lambda s: s.sharp_enabled_group is not None and not s.use_sharp,
         "A group for SHARP is chosen, but SHARP is off.",
         "Add --use-sharp, or drop --sharp-enabled-group.",
-    ),
-    error(
-        "MLM-PS-gtp_inst",
-        "parallel_state:808",
-        "num_distributed_optimizer_instances",
-        lambda s: _uses_gtp(s) and s.num_distributed_optimizer_instances > 1,
-        "Weight shards beyond tp allow one optimizer instance, not "
-        "{num_distributed_optimizer_instances}.",
-        "Use {write[num_distributed_optimizer_instances=1]}.",
     ),
     error(
         "MLM-PS-vpp_pp",

@@ -29,6 +29,11 @@ class Site:
     """Of Transformer Engine; empty when it is absent."""
     device_capability: tuple[int, ...]
 
+    @property
+    def before_blackwell(self) -> bool:
+        """Whether the GPU is older than Blackwell."""
+        return self.device_capability[0] < 10
+
     def te_at_least(self, *version: int) -> bool:
         """Say whether Transformer Engine is installed and not older than ``version``."""
         return self.te_version >= version
@@ -89,8 +94,10 @@ class Settings:
 
     def values(self) -> dict[str, Any]:
         """Return every setting by name."""
-        about = ("site", "world_size", "given")
-        return {k: v for k, v in self.__dict__.items() if k not in about}
+        values = dict(self.__dict__)
+        for about in ("site", "world_size", "given"):
+            del values[about]
+        return values
 
     @property
     def tp(self) -> int:
@@ -131,6 +138,17 @@ class Settings:
     def gtp(self) -> int:
         """Ranks that share the weights of one tensor parallel rank."""
         return self.gtp_weight_remat_size
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model has experts."""
+        return self.num_experts is not None
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the first or the last pipeline rank has its own number of layers."""
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        return first is not None or last is not None
 
     @property
     def counted_layers(self) -> int:
