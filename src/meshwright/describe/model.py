@@ -152,7 +152,7 @@ class Block:
         return sum(op.params for op in self.ops)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Model:
     """A network, unsharded: kinds of decoder layers and their order, embedding, head, MTP.
 
@@ -186,6 +186,9 @@ class Model:
     facts: Decoder | None = field(default=None, repr=False, compare=False)
     """What the model was built from, for those who write it down in a framework's words."""
     assumed: tuple[str, ...] = field(default=(), compare=False)
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.num_params:,} parameters)"
 
     @property
     def num_layers(self) -> int:
