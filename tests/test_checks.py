@@ -17,7 +17,7 @@ from megatron_cases import case_of
 from meshwright.checks import Case, Check, all_checks, illegal, judge, judge_one
 from meshwright.checks.context import a2a_ranks
 from meshwright.describe.cluster import Cluster, build_cluster, load_cluster
-from meshwright.describe.job import Execution, Job, precision
+from meshwright.describe.job import Execution, Job, Task, precision
 from meshwright.describe.model import Model
 from meshwright.describe.models import load_model
 from meshwright.findings import Finding
@@ -57,6 +57,7 @@ def case(
     seq_len: int = 8192,
     gbs: int = 512,
     precision_name: str = "bf16",
+    task: Task = "pretrain",
     execution: dict[str, Any] | None = None,
     peak_bytes: float | None = None,
     **columns: Any,
@@ -69,6 +70,7 @@ def case(
         job=Job(
             seq_len=seq_len,
             gbs=gbs,
+            task=task,
             precision=precision(precision_name),
             execution=Execution(**(execution or {})),
         ),
@@ -163,6 +165,10 @@ FIRES: dict[str, Case] = {
     "expert_optimizer_is_whole": moe("deepseek-v3", tp=2, pp=16, dp=32, ep=64, sp=1),
     "zero_3_with_tp": case(zero=3),
     "sharded_stages_gather_every_microbatch": case(zero=3),
+    "sharded_gradients_reduce_every_microbatch": case(zero=2),
+    "ep_is_for_eight_gpus": moe(pp=1, dp=4, ep=4),
+    "pp_is_for_deep_models": case("llama3-8b"),
+    "fine_tuning_pads_to_full_length": case(task="sft"),
     "full_excludes_modules": case(recompute=recompute(Recompute.full, Recompute.mlp)),
     "only_full_counts_layers": case(recompute=int(Recompute.mlp), recompute_num_layers=2),
     "mla_up_proj_needs_mla": case(recompute=int(Recompute.mla_up_proj)),
@@ -200,7 +206,7 @@ FIRES: dict[str, Case] = {
     "etp_leaves_wide_experts": moe("deepseek-v3", etp=4, ep=4),
     "quantised_slices_are_aligned": case("qwen2.5-0.5b", tp=16, precision_name="fp8-mx"),
     "one_connection_orders_kernels": case(cluster="64xH100"),
-    "sharding_wants_connections": case(zero=2),
+    "sharding_wants_connections": case(cluster="64xB200", zero=2),
     "connections_cannot_serve_both": case(cluster="64xH100", zero=2),
 }
 """A layout for each rule on which it fires."""
@@ -238,7 +244,7 @@ def test_rules_are_found_in_the_files_of_the_package_errors_first() -> None:
     assert {check.topic for check in all_checks()} >= {"divisibility", "moe", "topology"}
     for check in all_checks():
         assert check.rule and check.remedy, check.name
-        assert check.id == check.name or re.fullmatch(r"MLM-[A-Z]+-\w+", check.id)
+        assert check.id == check.name or re.fullmatch(r"(MLM|MB)-[A-Z]+-\w+", check.id)
 
 
 def test_without_docstrings_the_rules_refuse_to_load() -> None:

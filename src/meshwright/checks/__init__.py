@@ -6,7 +6,7 @@ write instead, both with ``{placeholders}``. The search filters with the mask, a
 docstring, ``list checks`` prints it, so a rule exists once.
 
 The files of this package are the topics. A new rule is a function with ``@check`` in one of them.
-Identifiers that start with MLM are those of Megatron-LM's own rules.
+Identifiers that start with MLM or MB are those of Megatron-LM's and Megatron-Bridge's own rules.
 """
 
 from __future__ import annotations

@@ -34,3 +34,15 @@ def batch_fills_every_replica(case: Case) -> Mask:
     Use gbs={unit}, a smaller dp (more tp, pp or cp), or {smaller}.
     """
     return case.job.gbs < case.x.mbs * case.x.dp
+
+
+@check("note", field="job.task", id="MB-CFG-pad_fixed")
+def fine_tuning_pads_to_full_length(case: Case) -> Mask:
+    """Pipelines and expert groups exchange messages of one size, so with pp = {pp} and ep = {ep}
+    every sample is padded to {job.seq_len} tokens.
+
+    Pack samples, or plan time and memory for full length.
+    """
+    if case.job.task == "pretrain":
+        return case.nowhere
+    return (case.x.pp > 1) | (case.x.ep > 1)

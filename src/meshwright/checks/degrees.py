@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from meshwright.checks import DEGREES, Case, Mask, check, divisors, either, nearest
-from meshwright.parallel.layout import Layout, minimum_world_size, take, with_columns
+from meshwright.parallel.layout import Ints, Layout, minimum_world_size, take, with_columns
 from meshwright.parallel.mesh import pipelines_agree
 
 
@@ -114,25 +114,28 @@ def order_names_every_axis(case: Case) -> Mask:
 
 
 def _pipelines(case: Case, at: Layout[int]) -> Mapping[str, object]:
-    etp = at.etp if case.model.is_moe else at.tp
-    return {"dense": at.tp * at.cp, "expert": at.ep * etp}
+    return {"dense": at.tp * at.cp, "expert": at.ep * int(_expert_tensor(case)[0])}
+
+
+def _expert_tensor(case: Case) -> Ints:
+    """Return etp [N] as Megatron-LM counts it: a dense model that leaves it open has that of tp."""
+    x = case.x
+    return x.etp if case.model.is_moe else np.where(x.etp > 1, x.etp, x.tp)
 
 
 @check("error", field="layout.order", id="MLM-PS-pp_last", values=_pipelines)
 def meshes_share_pipelines(case: Case) -> Mask:
     """Where pp is not last in the order and pp > 1, both meshes must have the same pipelines: tp*cp
-    = {dense} must equal ep*etp = {expert}, dense models included.
+    = {dense} must equal ep*etp = {expert}. A dense model counts etp as tp.
 
-    Use order=tp-cp-ep-dp-pp, or etp and ep whose product is {dense}.
+    Use order=tp-cp-ep-dp-pp, or degrees for which they are equal.
     """
     if case.x.order.lower().endswith("pp"):
         return case.nowhere
-    comparable = np.flatnonzero(~leaves_out_an_axis(case) & (np.asarray(case.x.edp) >= 1))
+    x = with_columns(case.x, etp=_expert_tensor(case))
+    comparable = np.flatnonzero(~leaves_out_an_axis(case) & (x.edp >= 1))
     fires = case.nowhere.copy()
-    rows = take(case.x, comparable)
-    if not case.model.is_moe:
-        rows = with_columns(rows, etp=rows.tp)
-    fires[comparable] = ~pipelines_agree(rows)
+    fires[comparable] = ~pipelines_agree(take(x, comparable))
     return fires
 
 

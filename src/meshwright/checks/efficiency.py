@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from meshwright import units
 from meshwright.checks import Case, Mask, check, divisors, nearest
 from meshwright.checks.divisibility import common_size
 from meshwright.parallel.layout import Layout, Zero
 
+DEEP_LAYERS, LARGE_PARAMS = 50, 10e9
+"""Layers, and parameters, from which the guides use pipeline parallelism."""
 THIN_FEATURES = 1024
 """Features per rank below which a sliced matmul no longer fills a GPU."""
 NARROW_HIDDEN = 4096
@@ -40,6 +43,23 @@ def tp_is_for_wide_models(case: Case) -> Mask:
     if case.model.hidden_size >= NARROW_HIDDEN:
         return case.nowhere
     return case.x.tp > 1
+
+
+def _billions(case: Case, at: Layout[int]) -> Mapping[str, object]:
+    del at
+    return {"params": units.format_count(case.model.num_params)}
+
+
+@check("note", field="layout.pp", values=_billions)
+def pp_is_for_deep_models(case: Case) -> Mask:
+    """Guides use pipeline parallelism for models of 50 and more layers or above 10B parameters;
+    {model.name} has {model.num_layers} layers and {params}.
+
+    Try pp=1 with more tp, or a sharded optimizer.
+    """
+    if case.model.num_layers >= DEEP_LAYERS or case.model.num_params >= LARGE_PARAMS:
+        return case.nowhere
+    return case.x.pp > 1
 
 
 def _expert_slices(case: Case, at: Layout[int]) -> Mapping[str, object]:
@@ -90,8 +110,12 @@ def _before_blackwell(case: Case) -> bool:
     return case.cluster is not None and float(case.cluster.gpu.compute_capability) < 10.0
 
 
-def _fully_sharded(case: Case) -> Mask:
+def _shards_gradients(case: Case) -> Mask:
     return case.x.zero >= Zero.optim_grads
+
+
+def _overlaps_in_order(case: Case) -> Mask:
+    return (case.x.tp > 1) | (case.x.cp > 1)
 
 
 def _unset(case: Case, at: Layout[int]) -> Mapping[str, object]:
@@ -108,7 +132,7 @@ def one_connection_orders_kernels(case: Case) -> Mask:
     """
     if not _before_blackwell(case) or case.job.execution.overlap_ep_comm:
         return case.nowhere
-    return ((case.x.tp > 1) | (case.x.cp > 1)) & ~_fully_sharded(case)
+    return _overlaps_in_order(case) & ~_shards_gradients(case)
 
 
 @check("note", field="env.CUDA_DEVICE_MAX_CONNECTIONS", id="MLM-ARG-mfsdp_conn", values=_unset)
@@ -117,7 +141,8 @@ def sharding_wants_connections(case: Case) -> Mask:
 
     Leave CUDA_DEVICE_MAX_CONNECTIONS unset, or above 1.
     """
-    return _fully_sharded(case) & (case.x.dp_shard > 1)
+    clear = ~_overlaps_in_order(case) if _before_blackwell(case) else ~case.nowhere
+    return _shards_gradients(case) & (case.x.dp_shard > 1) & clear
 
 
 @check("warning", field="env.CUDA_DEVICE_MAX_CONNECTIONS", id="MLM-ARG-conn_fsdp", values=_unset)
@@ -129,4 +154,4 @@ def connections_cannot_serve_both(case: Case) -> Mask:
     """
     if not _before_blackwell(case):
         return case.nowhere
-    return ((case.x.tp > 1) | (case.x.cp > 1)) & _fully_sharded(case)
+    return _overlaps_in_order(case) & _shards_gradients(case)

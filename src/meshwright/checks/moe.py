@@ -90,6 +90,17 @@ def one_expert_a_rank(case: Case) -> Mask:
     return (case.x.ep == case.model.num_experts) & (case.x.ep > 1)
 
 
+@check("note", field="layout.ep")
+def ep_is_for_eight_gpus(case: Case) -> Mask:
+    """Guides use expert parallelism from about 8 GPUs on; here are {world_size}.
+
+    Try ep=1 with zero=optim.
+    """
+    if not case.model.is_moe:
+        return case.nowhere
+    return (case.x.ep > 1) & (case.x.world_size < 8)
+
+
 ROWS_OF_A_MATMUL = 256
 """Tokens per expert below which its matmuls are narrower than two tiles of a tensor core kernel."""
 

@@ -7,10 +7,18 @@ from collections.abc import Mapping
 import numpy as np
 
 from meshwright.checks import Case, Mask, check
+from meshwright.describe.model import Model
 from meshwright.parallel.layout import Ints, Layout, Recompute
 
 _MODULES = Recompute.full - 1
 """The bits of all modules that can be recomputed one by one."""
+
+
+def _modules(model: Model) -> int:
+    """Return the bits of the modules that the model has: those that an op is run again for."""
+    ops = [op for block in model.block_kinds for op in block.ops]
+    kept = [saved.dropped for op in ops for saved in op.saved]
+    return int(np.bitwise_or.reduce([int(bits) for bits in (*kept, *(op.rerun for op in ops))]))
 
 
 def _names(bits: int) -> str:
@@ -48,7 +56,7 @@ def mla_up_proj_needs_mla(case: Case) -> Mask:
 
     Leave mla_up_proj out.
     """
-    if case.model.is_mla:
+    if _modules(case.model) & Recompute.mla_up_proj:
         return case.nowhere
     return case.x.recompute & Recompute.mla_up_proj != 0
 
@@ -88,21 +96,11 @@ def delayed_scaling_keeps_its_inputs(case: Case) -> Mask:
 
 
 def _absent(case: Case) -> int:
-    """Return the bits of the modules that the model does not have."""
-    model = case.model
-    ops = {op.name for block in model.block_kinds for op in block.ops}
-    present = {
-        Recompute.core_attn: "core_attention" in ops,
-        Recompute.mlp: "fc1" in ops,
-        Recompute.moe_act: model.is_moe,
-        Recompute.moe: model.is_moe,
-        Recompute.shared_experts: model.shared_expert_ffn_hidden_size > 0,
-    }
-    return sum(int(bit) for bit, there in present.items() if not there)
+    return _MODULES & ~_modules(case.model)
 
 
 def _absent_names(case: Case, at: Layout[int]) -> Mapping[str, object]:
-    absent = at.recompute & _absent(case)
+    absent = at.recompute & _absent(case) & ~Recompute.mla_up_proj
     return {
         "absent": _names(absent),
         "rest": _names(at.recompute & ~absent & _MODULES) or "none",
@@ -111,11 +109,11 @@ def _absent_names(case: Case, at: Layout[int]) -> Mapping[str, object]:
 
 @check("warning", field="layout.recompute", values=_absent_names)
 def recomputed_modules_exist(case: Case) -> Mask:
-    """{model.name} has no {absent} module, so recomputing it changes nothing.
+    """{model.name} keeps nothing that recomputing {absent} would drop: it changes nothing.
 
     Use recompute={rest}.
     """
-    return case.x.recompute & _absent(case) != 0
+    return case.x.recompute & _absent(case) & ~Recompute.mla_up_proj != 0
 
 
 @check("warning", field="layout.recompute", id="MLM-TC-rc_core_warn", values=_absent_names)

@@ -82,7 +82,18 @@ def zero_3_with_tp(case: Case) -> Mask:
 
 
 def _gathers(case: Case, at: Layout[int]) -> Mapping[str, object]:
-    return {"gathers": 2 * (case.job.gbs // (at.mbs * at.dp))}
+    del at
+    return {"gathers": 2 * int(case.num_microbatches[0])}
+
+
+@check("warning", field="layout.zero")
+def sharded_gradients_reduce_every_microbatch(case: Case) -> Mask:
+    """In a pipeline (pp = {pp}) sharded gradients are reduced after each of {num_microbatches}
+    micro-batches instead of once a step.
+
+    Use zero=optim, or pp=1.
+    """
+    return (case.x.zero >= Zero.optim_grads) & (case.x.pp > 1) & (case.x.dp_shard > 1)
 
 
 @check("warning", field="layout.zero", values=_gathers)
