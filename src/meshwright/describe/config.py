@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from meshwright.describe.facts import MAX_SIZE
-from meshwright.errors import ModelError, did_you_mean
+from meshwright.errors import ModelError, did_you_mean, nearest_divisors
 
 MAX_LAYERS = 65_536
 MAX_DEPTHS = 64
@@ -145,16 +145,19 @@ class Config:
         return self.values.get(key) is not None
 
     def head_dim(self, hidden_size: int, num_heads: int, key: str = "head_dim") -> int:
-        """Return the size of a head, by default hidden size / heads, which must then divide."""
+        """Return the size of a head, by default hidden size / heads, which must then divide.
+
+        ``key`` "" is for families that know no other size.
+        """
         if self.given(key) or (key in self.defaults and not self.is_null(key)):
             return self.size(key)
         if hidden_size % num_heads:
-            raise ModelError(
-                "config.num_attention_heads",
-                num_heads,
-                f"It divides hidden_size = {hidden_size} unless {key} is given.",
-                f"Give {key}, or use another number of heads.",
-            )
+            near = nearest_divisors(hidden_size, num_heads)
+            rule = f"It divides hidden_size = {hidden_size}"
+            rule += f" unless {key} is given." if key else "."
+            remedy = f"Use {' or '.join(map(str, near))} heads"
+            remedy += f", or give {key}." if key else "."
+            raise ModelError(self.name("num_attention_heads"), num_heads, rule, remedy)
         return hidden_size // num_heads
 
     def nested(self, key: str) -> Config:
