@@ -12,6 +12,7 @@ from meshwright.frameworks.megatron_lm.rules import (
     indivisible,
     is_list,
     multiples_near,
+    warning,
 )
 
 _ALGORITHMS = ("Tree", "Ring", "CollnetDirect", "CollnetChain", "^NVLS")
@@ -157,12 +158,57 @@ def _symmetric(s: Settings) -> bool:
     return not counted and all(value is None for value in given)
 
 
+def _not_collated(s: Settings) -> object:
+    if not _sft(s) or not s.dataset_seq_length:
+        return None
+    sizes = {s.cp, _eval_cp(s)}
+    units = [2 * size for size in sizes if size > 1]
+    units += [size * s.tp for size in sizes if s.sequence_parallel and s.tp > 1]
+    unit = math.lcm(*units) or 1
+    return s.dataset_seq_length % unit and {"unit": unit}
+
+
 def _variable_lengths(s: Settings) -> object:
     packs = s.dataset_enable_in_batch_packing and s.pp > 1
     return packs and {"variable_seq_lengths": True}
 
 
+def _expert_unit(s: Settings) -> int:
+    return max(1, s.etp) * max(1, s.ep) * s.pp
+
+
+def _decentral_expert_world(s: Settings) -> object:
+    unit = _expert_unit(s)
+    return (
+        s.dist_use_decentralized_pg
+        and s.world_size % unit
+        and {"unit": unit, "nearest": multiples_near(s.world_size, unit)}
+    )
+
+
+def _decentral_instances(s: Settings) -> object:
+    edp = s.world_size // _expert_unit(s)
+    instances = s.num_distributed_optimizer_instances
+    return s.dist_use_decentralized_pg and indivisible(edp, instances) and {"edp": edp}
+
+
 RULES = (
+    error(
+        "MB-CFG-samples_gbs",
+        "data_parallel:0",
+        "global_batch_size",
+        lambda s: _by_samples(s) and s.global_batch_size is None,
+        "Training by samples needs the global batch.",
+        "Set {write[global_batch_size]}.",
+    ),
+    error(
+        "MB-CFG-epochs_gbs",
+        "data_parallel:0",
+        "global_batch_size",
+        lambda s: s.train_num_epochs is not None and s.global_batch_size is None,
+        "Training by epochs needs the global batch.",
+        "Set {write[global_batch_size]}.",
+    ),
     error(
         "MB-CFG-positive",
         "data_parallel:1",
@@ -222,6 +268,15 @@ RULES = (
         "With pipeline or expert parallelism every sample is padded to the full length.",
         "Plan memory and time for full sequences.",
         severity="note",
+    ),
+    warning(
+        "MB-CFG-sft_multiple",
+        "dataset:1369",
+        "dataset_seq_length",
+        _not_collated,
+        "Fine-tuning data are padded to multiples of {unit}: 2*cp, and cp*tp under sequence "
+        "parallelism; {dataset_seq_length} is none.",
+        "Use a multiple of {unit} in {write[seq_length]} and {write[dataset_seq_length]}.",
     ),
     error(
         "MB-GRAPH-local",
@@ -636,6 +691,33 @@ RULES = (
         ),
         "DeepEP runs on Ampere, Hopper and B200/B300 GPUs.",
         "Use {write[moe_token_dispatcher_type=alltoall]}.",
+    ),
+    error(
+        "MB-INIT-hcp_decentral",
+        "parallel_state:411",
+        "hierarchical_context_parallel_sizes",
+        lambda s: s.dist_use_decentralized_pg and s.hierarchical_context_parallel_sizes,
+        "Decentralised process groups exclude hierarchical context parallelism.",
+        "Use {write[dist_use_decentralized_pg=false]}.",
+    ),
+    error(
+        "MB-INIT-world_expert",
+        "parallel_state:456",
+        "world_size",
+        _decentral_expert_world,
+        "The world size must be a multiple of etp*ep*pp = {etp}*{ep}*{pp} = {unit}; {world_size} "
+        "GPUs are not.",
+        "Use {nearest} GPUs.",
+        final=True,
+    ),
+    error(
+        "MB-INIT-inst_edp",
+        "parallel_state:464",
+        "num_distributed_optimizer_instances",
+        _decentral_instances,
+        "The optimizer instances must divide the expert data parallel size {edp}.",
+        "Choose from the divisors of {edp}.",
+        final=True,
     ),
     error(
         "MB-GPT-rng",

@@ -183,6 +183,8 @@ def _typed(path: str, value: Any) -> Any:
             rule = f"The dataset is one of {', '.join(DATASET_KINDS)}."
             raise UnusableOverride(path, value, rule, f"Write {path}=sft.")
         return value
+    if path == "model.pipeline_model_parallel_layout":
+        value = _layout_text(value)
     setting = settings()[path]
     kind = setting.type
     if kind == "any" or (value is None and (setting.default is None or kind not in _NUMBERS)):
@@ -195,6 +197,19 @@ def _typed(path: str, value: Any) -> Any:
 
 _NUMBERS = ("int", "float")
 """Numbers that have a default always have a value."""
+
+
+_LETTERS = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
+
+
+def _layout_text(value: object) -> object:
+    """Write a layout given as lists of layer names in letters: ``Ett|ttL``."""
+    if not is_list(value):
+        return value
+    stages = [stage if is_list(stage) else [stage] for stage in value]
+    return "|".join(
+        "".join(_LETTERS.get(str(layer).lower(), "?") for layer in stage) for stage in stages
+    )
 
 
 def _whole(value: object) -> bool:

@@ -12,6 +12,7 @@ from meshwright.frameworks.megatron_lm.rules import (
     error,
     indivisible,
     multiples_near,
+    warning,
 )
 
 _SUFFIXES = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3}
@@ -112,6 +113,11 @@ def _rounded_down(s: Settings) -> object:
         and running != s.global_batch_size
         and {"running_global_batch_size": running}
     )
+
+
+def _step_not_divisible(s: Settings) -> object:
+    unit = _train_unit(s)
+    return next(({"size": z, "unit": unit} for _, z in _steps(s) or [] if z % unit), None)
 
 
 def _num_microbatches(s: Settings) -> dict[str, Any]:
@@ -242,6 +248,15 @@ RULES = (
         "{unit}.",
         "Use {unit} or a multiple of it.",
         repeats=("MLM-ARG-eval_gbs_div", "MLM-NMB-gbs_div"),
+    ),
+    warning(
+        "MLM-NMB-step_div",
+        "num_microbatches:581",
+        "step_batch_size_schedule",
+        _step_not_divisible,
+        "The batch {size} of the schedule is no multiple of mbs*dp*gtp = {unit}; resuming in that "
+        "step would fail.",
+        "Use multiples of {unit}.",
     ),
     error(
         "MLM-NMB-step_fmt",

@@ -150,7 +150,14 @@ RULES = (
         "--cuda-graph-scope is the old name of --cuda-graph-modules.",
         "Keep --cuda-graph-modules.",
     ),
-    derive("validate_args:636", _modules_of_scope),
+    change(
+        "MLM-ARG-graph_scope_old",
+        "validate_args:636",
+        "cuda_graph_modules",
+        _modules_of_scope,
+        "--cuda-graph-scope is the old name of --cuda-graph-modules.",
+        "Write --cuda-graph-modules.",
+    ),
     error(
         "MLM-ARG-graph_scope_full",
         "validate_args:637",
@@ -159,7 +166,15 @@ RULES = (
         "full captures the whole layer: no other module goes with it.",
         "Leave --cuda-graph-modules empty to capture whole layers.",
     ),
-    derive("validate_args:640", _full_scope),
+    change(
+        "MLM-ARG-graph_full_old",
+        "validate_args:640",
+        "cuda_graph_modules",
+        _full_scope,
+        "full, full_iteration and full_iteration_inference are old names: no modules capture whole "
+        "layers, --cuda-graph-impl and --inference-cuda-graph-scope the rest.",
+        "Write those.",
+    ),
     derive("validate_args:645", _inference_scope),
     error(
         "MLM-ARG-graph_infer_scope",

@@ -182,6 +182,14 @@ RULES = (
         "Add {write[use_transformer_engine_op_fuser=true]}.",
     ),
     error(
+        "MLM-TC-ag_varlen",
+        "transformer_config:2979",
+        "moe_token_dispatcher_type",
+        lambda s: s.moe_token_dispatcher_type == "allgather" and s.variable_seq_lengths,
+        "The allgather dispatcher excludes sequences of varying length, dense models included.",
+        "Use {write[moe_token_dispatcher_type=alltoall]}.",
+    ),
+    error(
         "MLM-TC-permute_te",
         "transformer_config:3000",
         "moe_permute_fusion",

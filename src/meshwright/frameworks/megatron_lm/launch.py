@@ -82,7 +82,10 @@ NOT_ON_THE_COMMAND_LINE: dict[str, Any] = {
     "cpu_offloading": False,
     "data_parallel_size": None,
     "expert_gtp_weight_remat_size": 1,
+    "batch_p2p_comm": True,
     "gtp_weight_remat_size": 1,
+    "mtp_standalone": False,
+    "variable_seq_lengths": False,
     "moe_router_topk_limited_devices": None,
     "virtual_pipeline_model_parallel_size": None,
 }

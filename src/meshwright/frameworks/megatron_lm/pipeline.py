@@ -98,14 +98,22 @@ def _chunks_not_even(s: Settings) -> object:
     }
 
 
-def _no_room(s: Settings) -> object:
+def _chunk_layers(s: Settings) -> int | None:
+    """Layers of a virtual stage, embedding and loss included; None when not placed evenly."""
     if not _placed_evenly(s) or s.counted_layers % s.pp:
-        return False
-    chunk = s.counted_layers // s.pp // (s.vpp or 1)
-    both_here = (s.vpp or 1) * s.pp == 1
-    embedding = bool(s.account_for_embedding_in_pipeline_split)
-    loss = bool(s.account_for_loss_in_pipeline_split)
-    return chunk < (embedding + loss if both_here else max(embedding, loss))
+        return None
+    return s.counted_layers // s.pp // (s.vpp or 1)
+
+
+def _no_room_for_embedding(s: Settings) -> object:
+    layers = _chunk_layers(s)
+    return layers is not None and layers < bool(s.account_for_embedding_in_pipeline_split)
+
+
+def _no_room_for_loss(s: Settings) -> object:
+    layers = _chunk_layers(s)
+    shared = s.account_for_embedding_in_pipeline_split and s.pp * (s.vpp or 1) == 1
+    return layers is not None and layers - bool(shared) < bool(s.account_for_loss_in_pipeline_split)
 
 
 def _group(s: Settings) -> int:
@@ -334,8 +342,16 @@ RULES = (
         "MLM-BLOCK-emb_room",
         "layer_placement:194",
         "account_for_embedding_in_pipeline_split",
-        _no_room,
-        "The first or the last virtual stage has no room for the embedding or the loss.",
+        _no_room_for_embedding,
+        "The first virtual stage has no room for the embedding.",
+        "Use fewer stages.",
+    ),
+    error(
+        "MLM-BLOCK-loss_room",
+        "layer_placement:201",
+        "account_for_loss_in_pipeline_split",
+        _no_room_for_loss,
+        "The last virtual stage has no room for the loss.",
         "Use fewer stages.",
     ),
     error(
@@ -351,6 +367,22 @@ RULES = (
         ),
         "With pp = 2 and both ends given, interleaving divides by zero middle stages.",
         "Drop the virtual stages, or use a layout.",
+    ),
+    error(
+        "MLM-SCHED-p2p_both",
+        "schedule:1087",
+        "overlap_p2p_comm",
+        lambda s: s.vpp is not None and s.pp > 1 and s.overlap_p2p_comm and s.batch_p2p_comm,
+        "Interleaved, p2p is overlapped or batched, not both.",
+        "Use {write[batch_p2p_comm=false]}.",
+    ),
+    error(
+        "MLM-SCHED-nonint_p2p",
+        "schedule:1088",
+        "overlap_p2p_comm",
+        lambda s: s.vpp is None and s.pp > 1 and s.overlap_p2p_comm,
+        "Without interleaving p2p is not overlapped.",
+        "Use {write[overlap_p2p_comm=false]}, or virtual stages.",
     ),
     error(
         "MLM-SCHED-group_range",

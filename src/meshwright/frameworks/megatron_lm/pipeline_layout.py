@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from meshwright.errors import LayoutError
 from meshwright.frameworks.megatron_lm.rules import (
     Settings,
+    derive,
     divisors_near,
     error,
     indivisible,
@@ -112,6 +115,17 @@ def _mtp_before_last_chunk(s: Settings) -> bool:
     return any(i < len(layout_stages(s)) - s.pp for i in _mtp_stages(s))
 
 
+def _chunks_of_layout(s: Settings) -> dict[str, Any] | None:
+    """Virtual stages as the layout has them; MTP stands alone when before the last rank."""
+    stages = layout_stages(s)
+    if not stages or len(stages) % s.pp:
+        return None
+    chunks = len(stages) // s.pp
+    alone = any("m" in stage for stage in stages[-s.pp : -1])
+    vpp = chunks if s.vpp is None and chunks > 1 else s.vpp
+    return {"virtual_pipeline_model_parallel_size": vpp, "mtp_standalone": alone}
+
+
 def _detected_chunks(s: Settings) -> object:
     chunks = len(layout_stages(s)) // s.pp
     return bool(layout_stages(s)) and s.vpp is not None and s.vpp != chunks and {"chunks": chunks}
@@ -163,6 +177,23 @@ RULES = (
         "embedding or the loss.",
         "Keep the layout alone.",
     ),
+    error(
+        "MLM-LAYOUT-chars",
+        "transformer_config:2270",
+        "pipeline_model_parallel_layout",
+        _unreadable_layout,
+        "{why}",
+        "{how}",
+    ),
+    error(
+        "MLM-LAYOUT-div",
+        "transformer_config:2271",
+        "pipeline_model_parallel_layout",
+        _layout_stages,
+        "The layout has {stages} stages; they must be a multiple of pp = {pp}.",
+        "Write pp*vpp stages.",
+    ),
+    derive("transformer_config:2285", _chunks_of_layout),
     error(
         "MLM-TC-layout_vpp",
         "transformer_config:2280",

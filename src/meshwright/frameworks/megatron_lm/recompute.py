@@ -225,8 +225,19 @@ RULES = (
         "Sequence parallelism already divides the saved activations.",
         "Drop {write[distribute_saved_activations]}.",
     ),
-    derive(
+    change(
+        "MLM-TC-rc_modules_default",
         "transformer_config:1941",
+        "recompute_modules",
+        lambda s: (
+            _selective(s) and s.recompute_modules is None and {"recompute_modules": ["core_attn"]}
+        ),
+        "Left out, selective recomputation recomputes core attention.",
+        "Write {write[recompute_modules]}.",
+        severity="note",
+    ),
+    derive(
+        "transformer_config:1942",
         lambda s: s.recompute_modules is None and {"recompute_modules": ["core_attn"]},
     ),
     error(
@@ -326,6 +337,14 @@ RULES = (
         lambda s: _selective(s) and "mhc" in _modules(s) and not s.enable_mhc_connections,
         "mhc is part of hyper connections.",
         "Drop it from {write[recompute_modules]}.",
+    ),
+    warning(
+        "MLM-TC-mhc_modules",
+        "transformer_config:2050",
+        "recompute_modules",
+        lambda s: s.enable_mhc_connections and "mhc" not in _modules(s) and not _full(s),
+        "Hyper connections keep several residual streams; recomputing mhc saves that memory.",
+        "Use {write[recompute_granularity=selective]} with mhc in {write[recompute_modules]}.",
     ),
     error(
         "MLM-TC-mhc_mtp",

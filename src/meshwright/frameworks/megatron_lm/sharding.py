@@ -33,15 +33,12 @@ def _layer_wise(s: Settings) -> object:
     return new
 
 
-def _buffers(s: Settings) -> object:
-    if not s.use_megatron_fsdp:
-        return None
-    new: dict[str, Any] = {}
-    if s.nccl_ub:
-        new |= {"fsdp_manual_registration": True, "fsdp_double_buffer": True}
-    if s.megatron_fsdp_max_pool_double_buffer:
-        new["fsdp_double_buffer"] = True
-    return new
+def _fused_shards(s: Settings) -> bool:
+    return (
+        s.use_megatron_fsdp
+        and s.data_parallel_sharding_strategy in ("optim_grads_params", "optim_grads")
+        and s.gradient_accumulation_fusion
+    )
 
 
 def _frozen(s: Settings) -> object:
@@ -257,13 +254,37 @@ RULES = (
         "saved.",
         "Add --ckpt-format fsdp_dtensor.",
     ),
+    warning(
+        "MLM-ARG-mfsdp_gaf",
+        "validate_args:1155",
+        "gradient_accumulation_fusion",
+        _fused_shards,
+        "Sharded gradients are fused only where Transformer Engine supports it for Megatron-FSDP.",
+        "Check it, or add --no-gradient-accumulation-fusion.",
+    ),
     change(
         "MLM-ARG-mfsdp_ncclub",
         "validate_args:1175",
         "fsdp_double_buffer",
-        _buffers,
-        "NCCL user buffers and the pool allocator hold two buffers: more memory.",
+        lambda s: (
+            s.use_megatron_fsdp
+            and s.nccl_ub
+            and {"fsdp_manual_registration": True, "fsdp_double_buffer": True}
+        ),
+        "NCCL user buffers hold two buffers, registered by hand: more memory.",
         "Count it, or drop --use-nccl-ub.",
+    ),
+    change(
+        "MLM-ARG-mfsdp_pool",
+        "validate_args:1179",
+        "fsdp_double_buffer",
+        lambda s: (
+            s.use_megatron_fsdp
+            and s.megatron_fsdp_max_pool_double_buffer
+            and {"fsdp_double_buffer": True}
+        ),
+        "The pool allocator holds two buffers: more memory.",
+        "Count it.",
     ),
     error(
         "MLM-ARG-mfsdp_meta",
@@ -358,6 +379,18 @@ RULES = (
         lambda s: s.reuse_grad_buf_for_mxfp8_param_ag and not s.fp8_param_gather,
         "The gradient buffer is reused to gather FP8 weights.",
         "Add {write[fp8_param_gather=true]}.",
+    ),
+    warning(
+        "MLM-DDP-ub_seg",
+        "ddp_config:264",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        lambda s: (
+            s.nccl_ub
+            and "expandable_segments:True"
+            in s.site.env.get("PYTORCH_CUDA_ALLOC_CONF", "").split(",")
+        ),
+        "Before PyTorch 2.11, NCCL user buffers exclude expandable segments.",
+        "Use PyTorch 2.11, or drop one of the two.",
     ),
     error(
         "MLM-DDP-fp32_local",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from meshwright.frameworks.megatron_lm.rules import Settings, change, derive, error
+from meshwright.frameworks.megatron_lm.rules import Settings, change, derive, error, warning
 
 
 def _by_iterations(s: Settings) -> bool:
@@ -29,6 +29,13 @@ def _dry_run(s: Settings) -> object:
         "check_for_nan_in_loss_and_grad": False,
         "use_gloo_process_groups": False,
     }
+
+
+def _padded(s: Settings) -> object:
+    unit = s.make_vocab_size_divisible_by * s.tp
+    if s.vocab_size is None or s.padded_vocab_size is not None or unit < 1:
+        return None
+    return {"padded_vocab_size": -(-s.vocab_size // unit) * unit}
 
 
 def _dtypes(s: Settings) -> dict[str, Any]:
@@ -287,6 +294,42 @@ RULES = (
         lambda s: s.cross_entropy_loss_fusion and s.cross_entropy_fusion_impl == "te",
         "Transformer Engine's fused cross entropy is switched off as unstable.",
         "Use --cross-entropy-fusion-impl native.",
+    ),
+    warning(
+        "MLM-MPC-ce_te",
+        "transformer_config:538",
+        "cross_entropy_fusion_impl",
+        lambda s: s.cross_entropy_loss_fusion and s.cross_entropy_fusion_impl == "te",
+        "Transformer Engine's fused cross entropy is known as unstable.",
+        "Use {write[cross_entropy_fusion_impl=native]}.",
+    ),
+    change(
+        "MLM-ARG-skip_train",
+        "validate_args:1870",
+        "no_load_optim",
+        lambda s: (
+            ((s.skip_train and not s.perform_rl_step) or s.moe_use_upcycling)
+            and {"no_load_optim": True}
+        ),
+        "Without training, or after upcycling, no optimizer state is loaded.",
+        severity="note",
+    ),
+    change(
+        "MLM-VOCAB-pad",
+        "config_from_args:478",
+        "padded_vocab_size",
+        _padded,
+        "The vocabulary is padded to a multiple of {make_vocab_size_divisible_by}*tp: "
+        "{padded_vocab_size}. Embedding and logits take the padded size.",
+        severity="note",
+    ),
+    error(
+        "MLM-CFG-het_mla",
+        "config_from_args:296",
+        "heterogeneous_layers_config_path",
+        lambda s: s.heterogeneous_layers_config_path is not None and s.multi_latent_attention,
+        "Heterogeneous layers exclude latent attention.",
+        "Drop one of the two.",
     ),
     change(
         "MLM-ARG-fakepg_auto",
