@@ -20,7 +20,7 @@ from meshwright.cost.columns import Floats, Index
 from meshwright.cost.detail import BAND_FRACTION, capacity_bytes
 from meshwright.cost.factors import Factors, fitted
 from meshwright.cost.step import Table, bounds, price, price_rows, simulated_step_s, with_rows
-from meshwright.describe.cluster import Cluster
+from meshwright.describe.cluster import MAX_GPUS, Cluster
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
 from meshwright.errors import LayoutError, did_you_mean
@@ -55,9 +55,12 @@ class Space:
 
     allowed: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
-    def choices(self, key: str, sensible: Sequence[int]) -> list[int]:
-        """Return the values of ``key`` to try: what the user allows, else what is sensible."""
-        return list(self.allowed.get(key, tuple(sensible)))
+    def choices(self, key: str, sensible: Sequence[int], of: int = 0) -> list[int]:
+        """Return the values of ``key`` to try: what the user allows, else what is sensible.
+
+        Only divisors of ``of``, if it is given.
+        """
+        return [v for v in self.allowed.get(key, tuple(sensible)) if not of or of % v == 0]
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def search(
     began = time.perf_counter()
     report = progress or _silent
     report("enumerating", 0, 1)
-    candidates, tables = _legal_tables(model, cluster, job, space or Space())
+    candidates, tables = candidate_tables(model, cluster, job, space or Space())
     legal = sum(map(num_rows, tables))
     if not legal:
         return Found([], [], None, candidates, 0, 0, 0, time.perf_counter() - began)
@@ -122,7 +125,7 @@ def search(
     rows = np.flatnonzero(fits)
     order = rows[np.lexsort((peak[rows], bound[rows]))]
     best, simulated = _best_first(parts, order, bound, peak, top, report)
-    front = _pareto(parts, rows, bound, peak) if with_pareto and len(rows) else []
+    front = _pareto(parts, rows, bound, peak, best) if with_pareto and len(rows) else []
     lowest = int(np.lexsort((bound, peak))[0])
     closest = _ranked(parts, lowest, _simulate(parts, np.array([lowest]))[0], peak)
     seconds = time.perf_counter() - began
@@ -212,14 +215,17 @@ def _ranked(parts: list[_Part], at: int, step_time_s: float, peak: Floats) -> Ra
 
 
 def _pareto(
-    parts: list[_Part], rows: NDArray[np.intp], bound: Floats, peak: Floats
+    parts: list[_Part], rows: NDArray[np.intp], bound: Floats, peak: Floats, best: list[Ranked]
 ) -> list[Ranked]:
-    """Return the front of memory against time: the bound chooses candidates, simulation decides."""
+    """Return the front of memory against time: the bound chooses candidates, simulation decides.
+
+    The best layouts are candidates too, so that the front ends with the fastest of all.
+    """
     candidates = _front(rows, bound[rows], peak[rows])
     seconds = _simulate(parts, candidates)
     found = [_ranked(parts, int(r), s, peak) for r, s in zip(candidates, seconds, strict=True)]
     front: list[Ranked] = []
-    for one in sorted(found, key=lambda r: (r.step_time_s, r.peak_bytes)):
+    for one in sorted(found + best, key=lambda r: (r.step_time_s, r.peak_bytes)):
         if not front or one.peak_bytes < front[-1].peak_bytes:
             front.append(one)
     return front[::-1]
@@ -232,7 +238,7 @@ def _front(rows: NDArray[np.intp], seconds: Floats, size: Floats) -> NDArray[np.
     return rows[order[new_low]]
 
 
-def _legal_tables(
+def candidate_tables(
     model: Model, cluster: Cluster, job: Job, space: Space
 ) -> tuple[int, list[Layouts]]:
     """Return (number of candidates, tables of the legal ones).
@@ -273,8 +279,9 @@ def _pipelines(model: Model, cluster: Cluster, space: Space) -> Iterator[_Pipeli
     """
     layers = model.num_layers
     degrees = [d for d in _divisors(cluster.num_gpus) if d <= min(layers, 64)]
-    for pp in space.choices("pp", degrees):
-        for vpp in space.choices("vpp", _chunks(layers, pp)):
+    for pp in space.choices("pp", degrees, cluster.num_gpus):
+        chunks = space.choices("vpp", _chunks(layers, pp))
+        for vpp in (v for v in chunks if pp * v <= layers):
             schedules = [Pipeline.one_f_one_b] if vpp == 1 else [Pipeline.interleaved]
             if pp > 1 and vpp == 1:
                 schedules.append(Pipeline.zb_h1)
@@ -295,8 +302,6 @@ def _placements(
     model: Model, pp: int, vpp: int, schedule: Pipeline, space: Space
 ) -> Iterator[_Pipeline]:
     layers, stages = model.num_layers, pp * vpp
-    if "pipeline_layout" in space.allowed or stages > layers:
-        return
     if layers % stages == 0:
         yield _Pipeline(pp, vpp, schedule, None, 0)
     elif (layers + 2) % stages == 0:
@@ -319,7 +324,9 @@ def _inner_choices(model: Model, cluster: Cluster, job: Job, space: Space) -> In
     sizes = [m for m in (1, 2, 4, 8) if job.gbs % m == 0]
     rows: list[tuple[int, ...]] = []
     for tp, cp, ep in itertools.product(
-        space.choices("tp", tps), space.choices("cp", cps), space.choices("ep", eps)
+        space.choices("tp", tps, gpus),
+        space.choices("cp", cps, gpus),
+        space.choices("ep", eps, gpus),
     ):
         etps = [1, tp] if model.is_moe and tp > 1 else [1]
         sps = [0, 1] if tp > 1 and not model.is_moe else [int(tp > 1)]
@@ -328,9 +335,9 @@ def _inner_choices(model: Model, cluster: Cluster, job: Job, space: Space) -> In
             [cp],
             space.choices("cp_comm", _cp_comms(cp)),
             [ep],
-            space.choices("etp", etps),
+            space.choices("etp", etps, gpus),
             space.choices("sp", sps),
-            space.choices("mbs", sizes),
+            space.choices("mbs", sizes, job.gbs),
             _recomputes(model, space),
         )
     return np.array(rows, dtype=np.int64).reshape(-1, len(_INNER))
@@ -441,6 +448,9 @@ def read_space(texts: Sequence[str]) -> Space:
         key, sign, value = item.partition("=")
         if not sign or not value:
             raise LayoutError("fix", item, "A limit is key=value.", "Write tp=8 or pp=2..8.")
+        if key in allowed:
+            rule, remedy = "It is limited twice.", f"Write all values at once, as in {key}=2,4."
+            raise LayoutError(f"fix.{key}", value, rule, remedy)
         allowed[key] = _read_values(key, value)
     return Space(allowed=allowed)
 
@@ -465,16 +475,17 @@ def _read_values(key: str, value: str) -> tuple[int, ...]:
         raise LayoutError("fix", key, "This key cannot be limited.", did_you_mean(key, known))
     low, dots, high = value.partition("..")
     try:
-        numbers = (
-            tuple(range(int(low), int(high) + 1)) if dots else tuple(map(int, value.split(",")))
-        )
+        ends = [int(v) for v in ((low, high) if dots else value.split(","))]
     except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1 or len(numbers) > 4096:
+        ends = []
+    if not ends or min(ends) < 1 or max(ends) > MAX_GPUS or (dots and ends[0] > ends[1]):
         raise LayoutError(
-            f"fix.{key}", value, "A limit is whole numbers of at least 1.", f"Write {key}=2..8."
+            f"fix.{key}",
+            value,
+            f"A limit is whole numbers from 1 to {MAX_GPUS:,}.",
+            f"Write {key}=2..8 or {key}=2,4.",
         )
-    return numbers
+    return tuple(range(ends[0], ends[1] + 1)) if dots else tuple(ends)
 
 
 def _recompute_flags(text: str) -> int:
