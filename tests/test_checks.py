@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron_cases import case_of
 from meshwright.checks import Case, Check, all_checks, illegal, judge, judge_one
 from meshwright.checks.context import a2a_ranks
+from meshwright.checks.divisibility import legal_tps
 from meshwright.describe.cluster import Cluster, build_cluster, load_cluster
 from meshwright.describe.job import Execution, Job, Task, precision
 from meshwright.describe.model import Model
@@ -376,6 +377,22 @@ def test_key_value_heads_may_be_a_multiple_or_a_divisor_of_tp() -> None:
     assert "MLM-TC-groups_tp" not in ids(case(tp=16))
     assert "MLM-TC-groups_tp" not in ids(case(tp=4))
     assert "MLM-TC-groups_tp" in ids(case(tp=12))
+
+
+@pytest.mark.parametrize(
+    "model", ["llama3-70b", "qwen2.5-0.5b", "nemotron-h-8b", "qwen3-next-80b-a3b", "deepseek-v3"]
+)
+def test_every_tp_that_a_remedy_offers_is_legal(model: str) -> None:
+    def about_tp(tp: int) -> list[Finding]:
+        return [f for f in judge_one(case(model, tp=tp)) if f.field == "layout.tp"]
+
+    refused = {tp for tp in range(1, 130) if any(f.severity == "error" for f in about_tp(tp))}
+    legal = set(range(1, 130)) - refused
+    assert set(legal_tps(model_called(model))) == legal
+    for tp in (3, 5, 12, 24, 48, 100):
+        for finding in about_tp(tp):
+            offered = re.findall(r"\d+", finding.remedy.partition(" with ")[0])
+            assert set(map(int, offered)) <= legal, finding.message
 
 
 def test_connections_are_advised_by_architecture_and_sharding() -> None:

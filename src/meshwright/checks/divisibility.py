@@ -10,11 +10,27 @@ from meshwright.describe.model import Holder, Model, Op, OpKind
 from meshwright.parallel.layout import Layout
 
 
-def _heads(case: Case, at: Layout[int]) -> Mapping[str, object]:
-    return {"near": nearest(divisors(case.model.num_heads), at.tp)}
+def legal_tps(model: Model, cp: int = 1) -> list[int]:
+    """Return every tp that divides all that tensor parallelism must divide in this model."""
+    mamba = math.gcd(*recurrence_heads(model, "scan"))
+    delta_net = math.gcd(*recurrence_heads(model, "delta_rule"))
+    most = math.gcd(model.num_heads, common_size(model, "tp"), mamba)
+    return [
+        tp
+        for tp in divisors(most or delta_net or 1)
+        if delta_net % (tp * cp) == 0 and _kv_heads_fit(model.num_kv_heads, tp)
+    ]
 
 
-@check("error", field="layout.tp", id="MLM-TC-heads_tp", values=_heads)
+def _kv_heads_fit(kv_heads: int, tp: int) -> bool:
+    return kv_heads == 0 or kv_heads % tp == 0 or tp % kv_heads == 0
+
+
+def _nearest_tp(case: Case, at: Layout[int]) -> Mapping[str, object]:
+    return {"near": nearest(legal_tps(case.model, at.cp) or [1], at.tp)}
+
+
+@check("error", field="layout.tp", id="MLM-TC-heads_tp", values=_nearest_tp)
 def tp_divides_heads(case: Case) -> Mask:
     """Tensor parallelism gives each rank whole attention heads, so tp must divide
     {model.num_heads}.
@@ -25,13 +41,7 @@ def tp_divides_heads(case: Case) -> Mask:
     return heads % case.x.tp != 0 if heads else case.nowhere
 
 
-def _kv_heads(case: Case, at: Layout[int]) -> Mapping[str, object]:
-    kv = case.model.num_kv_heads
-    legal = [t for t in divisors(case.model.num_heads) if kv % t == 0 or t % kv == 0]
-    return {"near": nearest(legal, at.tp)}
-
-
-@check("error", field="layout.tp", id="MLM-TC-groups_tp", values=_kv_heads)
+@check("error", field="layout.tp", id="MLM-TC-groups_tp", values=_nearest_tp)
 def tp_fits_kv_heads(case: Case) -> Mask:
     """The {model.num_kv_heads} key-value heads must be a multiple of tp, or tp a multiple of them
     (which then holds each head on several ranks).
@@ -66,8 +76,7 @@ def common_size(model: Model, holder: Holder) -> int:
 
 def _tp_size(case: Case, at: Layout[int]) -> Mapping[str, object]:
     op = _unsplit(case.model, "tp", at.tp)
-    legal = [d for d in divisors(common_size(case.model, "tp")) if d <= 2 * at.tp]
-    return {"op": op.name, "size": op.in_features, "near": nearest(legal, at.tp)}
+    return {"op": op.name, "size": op.in_features, **_nearest_tp(case, at)}
 
 
 @check("error", field="layout.tp", id="MLM-BUILD-divide", values=_tp_size)
@@ -109,8 +118,7 @@ def recurrence_heads(model: Model, name: str) -> tuple[int, int]:
 
 def _mamba(case: Case, at: Layout[int]) -> Mapping[str, object]:
     heads, groups = recurrence_heads(case.model, "scan")
-    legal = divisors(math.gcd(heads, groups))
-    return {"heads": heads, "groups": groups, "near": nearest(legal, at.tp)}
+    return {"heads": heads, "groups": groups, **_nearest_tp(case, at)}
 
 
 @check("error", field="layout.tp", values=_mamba)
@@ -126,8 +134,7 @@ def tp_divides_mamba(case: Case) -> Mask:
 
 def _delta_net(case: Case, at: Layout[int]) -> Mapping[str, object]:
     values, keys = recurrence_heads(case.model, "delta_rule")
-    legal = [d // at.cp for d in divisors(math.gcd(values, keys)) if d % at.cp == 0] or [1]
-    return {"values": values, "keys": keys, "near": nearest(legal, at.tp), "ranks": at.tp * at.cp}
+    return {"values": values, "keys": keys, "ranks": at.tp * at.cp, **_nearest_tp(case, at)}
 
 
 @check("error", field="layout.tp", id="MLM-TC-gdn_key_tpcp", values=_delta_net)

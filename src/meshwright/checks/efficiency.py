@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from meshwright import units
-from meshwright.checks import Case, Mask, check, divisors, nearest
-from meshwright.checks.divisibility import common_size
+from meshwright.checks import Case, Mask, check, nearest
+from meshwright.checks.divisibility import common_size, legal_tps
 from meshwright.parallel.layout import Layout, Zero
 
 DEEP_LAYERS, LARGE_PARAMS = 50, 10e9
@@ -19,7 +19,7 @@ NARROW_HIDDEN = 4096
 
 def _slices(case: Case, at: Layout[int]) -> Mapping[str, object]:
     hidden = case.model.hidden_size
-    wide = [d for d in divisors(case.model.num_heads) if hidden >= THIN_FEATURES * d] or [1]
+    wide = [tp for tp in legal_tps(case.model, at.cp) if hidden >= THIN_FEATURES * tp] or [1]
     return {"slice": hidden // at.tp, "near": wide[-1]}
 
 
@@ -53,7 +53,8 @@ def _billions(case: Case, at: Layout[int]) -> Mapping[str, object]:
 @check("note", field="layout.pp", values=_billions)
 def pp_is_for_deep_models(case: Case) -> Mask:
     """Guides use pipeline parallelism for models of 50 and more layers or above 10B parameters;
-    {model.name} has {model.num_layers} layers and {params}.
+    {model.name} has {model.num_layers} layers and
+    {params} parameters.
 
     Try pp=1 with more tp, or a sharded optimizer.
     """
@@ -79,8 +80,8 @@ def etp_leaves_wide_experts(case: Case) -> Mask:
 
 def _alignments(case: Case, at: Layout[int]) -> Mapping[str, object]:
     size, unit = common_size(case.model, "tp"), _alignment(case)
-    legal = [d for d in divisors(size) if size // d % unit == 0] or [1]
-    return {"unit": unit, "slice": size // at.tp, "near": nearest(legal, at.tp)}
+    legal = [tp for tp in legal_tps(case.model, at.cp) if size // tp % unit == 0]
+    return {"unit": unit, "slice": size // at.tp, "near": nearest(legal or [1], at.tp)}
 
 
 def _alignment(case: Case) -> int:

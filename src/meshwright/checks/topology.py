@@ -10,6 +10,7 @@ import numpy as np
 from meshwright import units
 from meshwright.checks import Case, Mask, check, divisors, nearest
 from meshwright.checks.degrees import leaves_out_an_axis
+from meshwright.checks.divisibility import common_size, legal_tps
 from meshwright.describe.cluster import Cluster
 from meshwright.parallel.layout import CpComm, Ints, Layout, take
 from meshwright.parallel.mesh import blocks_spanned_columns, dense_mesh, expert_mesh
@@ -49,15 +50,22 @@ def _speeds(cluster: Cluster) -> dict[str, object]:
 
 def _group(case: Case, at: Layout[int], name: Group) -> Mapping[str, object]:
     assert case.cluster is not None, "the rule fired"
-    legal = [d for d in divisors(case.cluster.scale_up_domain) if d < getattr(at, name)]
-    legal = [d for d in legal if _divides_model(case, name, d)] or [1]
+    inside = divisors(case.cluster.scale_up_domain)
+    legal = [d for d in _legal(case, at, name) if d in inside and d < getattr(at, name)] or [1]
     spanned = int(_spanned(case, name)[0])
     return {**_speeds(case.cluster), "spanned": spanned, "near": nearest(legal, getattr(at, name))}
 
 
-def _divides_model(case: Case, name: Group, degree: int) -> bool:
-    whole = {"tp": case.model.num_heads, "ep": case.model.num_experts}.get(name, 0)
-    return whole % degree == 0
+def _legal(case: Case, at: Layout[int], name: Group) -> list[int]:
+    match name:
+        case "tp":
+            return legal_tps(case.model, at.cp)
+        case "ep":
+            return divisors(case.model.num_experts)
+        case "etp":
+            return divisors(common_size(case.model, "expert"))
+        case "cp":
+            return divisors(at.cp)
 
 
 def _tensor_group(case: Case, at: Layout[int]) -> Mapping[str, object]:
