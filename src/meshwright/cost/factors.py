@@ -39,7 +39,8 @@ class Factors:
     ``step_overhead_s``: what each step waits for beside it; ``straggler_fraction``: what each
     doubling of the nodes adds to a step.
     Memory. ``framework_bytes``: context, libraries and communicators outside the allocator.
-    ``fragmentation_fraction``: allocator blocks that are held but unused.
+    ``fragmentation_fraction``: allocator blocks that are held but unused, per allocated byte.
+    ``workspace_bytes``: what libraries allocate for themselves.
     """
 
     matmul_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -74,7 +75,8 @@ class Factors:
     straggler_fraction: float = 0.005
     framework_bytes: float = 1.6e9
     communicator_bytes: float = 2.5e8
-    fragmentation_fraction: float = 0.02
+    fragmentation_fraction: float = 0.035
+    workspace_bytes: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def matmul(self, architecture: str, dtype: str) -> float:
         """Return the share of peak of a large matmul."""

@@ -14,7 +14,8 @@ import numpy as np
 
 from meshwright.cost.blocks import Pricing
 from meshwright.cost.columns import Floats
-from meshwright.cost.factors import Factors
+from meshwright.cost.factors import Factors, most_specific
+from meshwright.describe.cluster import Gpu
 from meshwright.describe.job import Job
 from meshwright.describe.model import Block, Op, OpKind, Saved
 from meshwright.parallel.layout import Layouts, Recompute, Zero
@@ -84,13 +85,15 @@ class BlockBytes:
 
     ``kept`` from forward to backward; ``whole`` what is kept without full recomputation (alive
     while a fully recomputed layer runs backward); ``logits`` the part of ``kept`` that the loss
-    keeps; ``working`` the largest gradients alive at once inside the block.
+    keeps; ``working`` the largest gradients alive at once inside the block; ``placeholders`` what
+    stays allocated once the block has run backward.
     """
 
     kept: Floats
     whole: Floats
     logits: Floats
     working: Floats
+    placeholders: Floats
 
 
 def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
@@ -101,7 +104,7 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
     section 4 (TP, SP and selective recomputation). Left out: padding of routed tokens.
     """
     d = len(p.slice.tp)
-    whole, logits, working = np.zeros(d), np.zeros(d), np.zeros(d)
+    whole, logits, working, placeholders = (np.zeros(d) for _ in range(4))
     for op in block.ops:
         op_bytes = np.zeros(d)
         for saved in saved_tensors(op, p):
@@ -112,19 +115,21 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
         if op.kind is OpKind.cross_entropy:
             logits += op_bytes
         working = np.maximum(working, working_bytes(op, p))
+        placeholders += placeholder_bytes(op, p)
     is_full = (p.slice.recompute & int(Recompute.full)) != 0
     boundary = block.hidden_inputs * hidden_size * p.slice.sp_tokens * p.job.precision.act_bytes
     recomputable = any(op.kind is OpKind.cross_entropy for op in block.ops) is False
     kept = np.where(is_full & recomputable, boundary, whole)
-    return BlockBytes(kept=kept, whole=whole, logits=logits, working=working)
+    return BlockBytes(kept, whole, logits, working, placeholders)
 
 
 def saved_tensors(op: Op, p: Pricing) -> tuple[Saved, ...]:
     """Return what an op keeps; unfused attention and losses keep more than fused ones.
 
     Unfused attention keeps per head and pair of tokens the softmax (2 bytes), the dropout mask (1)
-    and the dropout output (2): 5as of Korthikanti's sbh(34 + 5as/h). A loss that is not fused keeps
-    the logits in fp32 as well.
+    and the dropout output (2): 5as of Korthikanti's sbh(34 + 5as/h). Latent attention is trained
+    without dropout and keeps the softmax alone. A loss that is not fused keeps the logits in fp32
+    as well.
     """
     if op.kind is OpKind.attention and not p.job.execution.flash_attention:
         pairs = op.num_heads * float(p.slice.seq_len)
@@ -134,7 +139,8 @@ def saved_tensors(op: Op, p: Pricing) -> tuple[Saved, ...]:
             Saved(name="dropout_mask", elements=pairs, where="tp", dtype="byte", dropped=dropped),
             Saved(name="dropout_output", elements=pairs, where="tp", dropped=dropped),
         )
-        return tuple(s for s in op.saved if s.dtype != "fp32") + scores
+        kept = scores if op.qk_head_dim == op.v_head_dim else scores[:1]
+        return tuple(s for s in op.saved if s.dtype != "fp32") + kept
     if op.kind is OpKind.cross_entropy and not p.job.execution.fused_cross_entropy:
         vocab = op.saved[0].elements
         return (*op.saved, Saved(name="logits_fp32", elements=vocab, where="tp", dtype="fp32"))
@@ -155,21 +161,47 @@ def element_bytes(saved: Saved, p: Pricing) -> float:
 
 
 def working_bytes(op: Op, p: Pricing) -> Floats:
-    """Gradients of input and output of an op, alive together while it runs backward, [D].
+    """What an op needs beside the kept tensors while it runs backward, [D].
 
-    The gathered input of a tensor-parallel region counts whole. Ref: none; an estimate of what the
-    allocator must find beside the kept tensors. Left out: workspaces of libraries.
+    Gradients of its input and output (the gathered input of a tensor-parallel region whole), and
+    the gradient of its weight in 16 bit, which is there until it is added to the sum of the step.
+    A loss that is not fused turns its kept logits into their gradient in place. Ref: Megatron-LM,
+    ``tensor_parallel.layers`` (weight gradients). Left out: workspaces of libraries.
     """
     tokens = p.slice.op_tokens(op.where)
     divisor = p.slice.etp if op.where in ("expert", "routed") else p.slice.tp
     if op.kind in (OpKind.matmul, OpKind.grouped_matmul):
         k = op.in_features / (divisor if op.split == "in" else np.ones_like(divisor))
         n = op.out_features / (divisor if op.split == "out" else np.ones_like(divisor))
-        return tokens * (k + n) * p.job.precision.act_bytes
+        if op.vocab and not p.job.execution.fused_cross_entropy:
+            return tokens * k * p.job.precision.act_bytes + _weight_grad_bytes(op, k * n, p)
+        return tokens * (k + n) * p.job.precision.act_bytes + _weight_grad_bytes(op, k * n, p)
     if op.kind is OpKind.attention:
         dims = op.num_heads * (op.qk_head_dim + 2 * op.v_head_dim)
         return tokens * (dims + op.num_kv_heads * op.qk_head_dim) / divisor * 2.0
     return np.zeros_like(tokens)
+
+
+def _weight_grad_bytes(op: Op, weights: Floats, p: Pricing) -> Floats:
+    if p.job.task == "lora" or op.kind is OpKind.grouped_matmul:
+        return np.zeros_like(weights)
+    return 2.0 * weights
+
+
+def placeholder_bytes(op: Op, p: Pricing) -> Floats:
+    """Return the empty 16-bit gradients that Transformer Engine caches, one for each shape, [D].
+
+    With fused accumulation a weight's gradient goes straight into the sum; autograd is handed an
+    empty tensor of the weight's shape, which is kept. Ref: TransformerEngine 2.x,
+    ``module.base.get_dummy_wgrad``. Left out: that equal shapes of different layers share one.
+    """
+    execution = p.job.execution
+    is_linear = op.kind in (OpKind.matmul, OpKind.grouped_matmul) and not op.vocab
+    if not (is_linear and execution.fused_wgrad_accumulation and execution.keeps_placeholders):
+        return np.zeros_like(p.slice.tp)
+    if op.kind is OpKind.grouped_matmul:
+        return 2.0 * op.in_features * op.out_features / p.slice.etp
+    return 2.0 * op.params / (p.slice.tp if op.holder == "tp" else np.ones_like(p.slice.tp))
 
 
 def framework_bytes(x: Layouts, factors: Factors) -> Floats:
@@ -183,10 +215,21 @@ def framework_bytes(x: Layouts, factors: Factors) -> Floats:
     return factors.framework_bytes + factors.communicator_bytes * groups
 
 
+def workspace_bytes(gpu: Gpu, factors: Factors) -> float:
+    """Return what cuBLAS and Transformer Engine allocate for themselves, by family of cards.
+
+    Ref: NVIDIA, cuBLAS documentation, "cublasSetWorkspace" (32 MiB from Hopper on). Left out: the
+    workspaces of attention.
+    """
+    return most_specific(factors.workspace_bytes, gpu.architecture, "", 3e7)
+
+
 Statistic = Literal["allocated", "reserved", "nvidia-smi"]
 
 
-def statistic_bytes(terms: Mapping[str, float], statistic: Statistic) -> float:
+def statistic_bytes(
+    terms: Mapping[str, float], statistic: Statistic, fragmentation_fraction: float
+) -> float:
     """Return one kind of memory from the terms of a rank.
 
     ``allocated``: live tensors. ``reserved``: with the blocks that the allocator holds unused.
@@ -195,5 +238,5 @@ def statistic_bytes(terms: Mapping[str, float], statistic: Statistic) -> float:
     held = terms["peak_bytes"]
     if statistic == "nvidia-smi":
         return held
-    held -= terms["framework_bytes"]
-    return held
+    allocated = held - terms["framework_bytes"]
+    return allocated if statistic == "allocated" else allocated * (1.0 + fragmentation_fraction)

@@ -36,6 +36,7 @@ from meshwright.cost.memory import (
     grads_bytes_per_param,
     optimizer_bytes_per_param,
     weights_bytes_per_param,
+    workspace_bytes,
 )
 from meshwright.cost.parameters import block_params_per_rank, trained_params_per_rank
 from meshwright.cost.slices import slice_keys, slices
@@ -73,6 +74,7 @@ class Priced:
     whole: Floats
     logits: Floats
     working: Floats
+    placeholders: Floats
     dense_params: Floats
     expert_params: Floats
     dense_trained: Floats
@@ -107,6 +109,7 @@ def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors
         whole=np.stack([s.whole for s in sizes], axis=1),
         logits=np.stack([s.logits for s in sizes], axis=1),
         working=np.stack([s.working for s in sizes], axis=1),
+        placeholders=np.stack([s.placeholders for s in sizes], axis=1),
         dense_params=dense,
         expert_params=expert,
         dense_trained=dense_trained,
@@ -265,22 +268,24 @@ def rank_memory(t: Table, g: Group, q: int) -> dict[str, Floats]:
     activations = activations + np.where(p.is_full[at], np.maximum(alive, 0.0), 0.0)
     logits = np.einsum("nk,k->n", p.logits[at], s.held[q] + s.held_whole[q])
     buffers = np.max(p.working[at] * s.present[q], axis=1)
+    buffers = buffers + np.einsum("nk,k->n", p.placeholders[at], s.present[q])
     buffers = buffers + 2.0 * p.message_bytes[at] * float(g.key.pp > 1)
     gathered = np.where(
         t.x.zero[g.rows] == Zero.optim_grads_params, spread(p.gathered_bytes[at]), 0.0
     )
-    slack = 1.0 + t.factors.fragmentation_fraction
     rows = g.rows
-    return {
+    held = {
         "weights_bytes": dense * t.weights.dense[rows] + expert * t.weights.expert[rows],
         "grads_bytes": dense_trained * t.grads.dense[rows] + expert_trained * t.grads.expert[rows],
         "optimizer_bytes": dense_trained * t.optimizer.dense[rows]
         + expert_trained * t.optimizer.expert[rows],
-        "activations_bytes": spread((activations - logits) * slack),
+        "activations_bytes": spread(activations - logits),
         "logits_bytes": spread(logits),
-        "buffers_bytes": spread(buffers) + gathered,
-        "framework_bytes": t.framework_bytes[rows],
+        "buffers_bytes": spread(buffers) + gathered + workspace_bytes(t.cluster.gpu, t.factors),
     }
+    # What the allocator holds beside live tensors counts with context and communicators.
+    spare = t.factors.fragmentation_fraction * sum(held.values())
+    return {**held, "framework_bytes": t.framework_bytes[rows] + spare}
 
 
 def _held(per_kind: Floats, g: Group, q: int) -> Floats:

@@ -130,6 +130,8 @@ class Execution:
     """Norms, activations, rotary embedding and residual adds as one kernel each."""
     fused_cross_entropy: bool = True
     fused_wgrad_accumulation: bool = True
+    keeps_placeholders: bool = True
+    """Transformer Engine 2.x: empty gradients of fused accumulation stay allocated."""
     grouped_gemm: bool = True
     forced_balance: bool = True
     capacity_factor: float | None = None

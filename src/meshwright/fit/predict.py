@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from meshwright.cost.detail import Estimate, estimate
-from meshwright.cost.factors import Factors
+from meshwright.cost.factors import Factors, fitted
 from meshwright.cost.memory import statistic_bytes
 from meshwright.errors import MeshwrightError
 from meshwright.fit.rows import Run, read_row
@@ -85,15 +85,16 @@ def _predict_row(
         step_time_s=found.step_time_s,
         low_s=found.step_time_s / (1.0 + INTERVAL_FRACTION),
         high_s=found.step_time_s * (1.0 + INTERVAL_FRACTION),
-        peak_bytes=asked_bytes(found, run),
+        peak_bytes=asked_bytes(found, run, factors),
         estimate=found,
     )
 
 
-def asked_bytes(found: Estimate, run: Run) -> float:
+def asked_bytes(found: Estimate, run: Run, factors: Factors | None = None) -> float:
     """Return the memory that a row asks for: that statistic, on that rank."""
     stages = {"first": found.stages[:1], "last": found.stages[-1:], "fullest": found.stages}
-    return max(statistic_bytes(stage, run.statistic) for stage in stages[run.rank])
+    spare = (factors or fitted()).fragmentation_fraction
+    return max(statistic_bytes(stage, run.statistic, spare) for stage in stages[run.rank])
 
 
 def _measured(row: Mapping[str, str], name: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -150,6 +151,7 @@ def read_execution(s: Settings, framework: Framework) -> Execution:
         fused_cross_entropy=_fused_cross_entropy(s, framework),
         fused_wgrad_accumulation=not s.flag("no_gradient_accumulation_fusion", default=False)
         and s.flag("gradient_accumulation_fusion", default=framework.fused_wgrad_accumulation),
+        keeps_placeholders=_keeps_placeholders(s, framework),
         grouped_gemm=s.flag("moe_grouped_gemm", default=not s.section("args")),
         forced_balance=s.flag(
             "moe_router_force_load_balancing",
@@ -180,6 +182,12 @@ def _cuda_graphs(s: Settings) -> tuple[Literal["none", "partial", "full"], froze
         return "full", frozenset()
     known = scope & {"attn", "mamba", "mlp", "moe_router", "moe_preprocess", "moe"}
     return ("partial", known) if known else ("full", frozenset())
+
+
+def _keeps_placeholders(s: Settings, framework: Framework) -> bool:
+    """Return whether Transformer Engine is of version 2, which Megatron-Bridge always has."""
+    stated = re.search(r"\bte (\d+)\.", s.text("framework"))
+    return int(stated[1]) >= 2 if stated else framework.name == "megatron-bridge"
 
 
 def _dispatcher(s: Settings) -> Literal["alltoall", "allgather", "deepep", "hybridep"]:
