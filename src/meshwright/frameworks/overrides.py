@@ -174,11 +174,23 @@ def _of_node(node: ast.AST, constants: dict[str, Any], origin: str) -> Iterable[
         if path.count(".") >= 1:
             yield _override(path.partition(".")[2], node.value, constants, node, origin)
     elif isinstance(node, ast.Call):
+        yield from _recipe(node, origin)
         name = _callee(node)
         for keyword in node.keywords:
             if keyword.arg is not None and name:
                 path = f"{name}.{keyword.arg}"
                 yield _override(path, keyword.value, constants, keyword, origin)
+
+
+def _recipe(node: ast.Call, origin: str) -> Iterable[Override]:
+    """Return the recipe that a call takes: ``llm.llama3_8b.pretrain_recipe(...)``."""
+    name = _dotted(node.func)
+    parts = name.split(".")
+    where = f"{name}, {origin} line {node.lineno}"
+    if parts[-1] in ("pretrain_recipe", "finetune_recipe") and len(parts) > 1:
+        yield Override("recipe", f"{parts[-2]}_{parts[-1].removesuffix('_recipe')}", where)
+    elif re.fullmatch(r"\w{3,80}_(pretrain|sft|peft|finetune)_config", parts[-1]):
+        yield Override("recipe", parts[-1], where)
 
 
 def _override(

@@ -185,7 +185,7 @@ def end_of_word(text: str, at: int) -> int:
 
 @dataclass
 class Variables:
-    """What is known while a script is read: variables, arrays, and what expanding may still cost."""
+    """What is known while a script is read: variables, arrays, what expanding may still cost."""
 
     scalars: dict[str, Word] = field(default_factory=dict[str, Word])
     arrays: dict[str, list[Word]] = field(default_factory=dict[str, list[Word]])

@@ -55,7 +55,7 @@ _SAME: Final = (
 )
 """Words that are attributes of Megatron-LM's arguments."""
 
-_ATTRIBUTES: Final = {**{word: word for word in _SAME}, **_RENAMED}
+ATTRIBUTES: Final = {**{word: word for word in _SAME}, **_RENAMED}
 _ONLY_IF_GIVEN: Final = frozenset({"microbatch_group_size_per_vp_stage"})
 _MLA_ONLY: Final = frozenset(
     {"q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"}
@@ -76,7 +76,7 @@ def read(
         )
     resolved = resolve(argv, min(gpus, MOST_GPUS), env)
     reading.findings = list(resolved.findings)
-    reading.settings = _settings(resolved, origins)
+    reading.settings = settings_of(resolved, origins, TITLE)
     return reading
 
 
@@ -145,13 +145,19 @@ _DEGREE_FLAGS: Final = {
 }
 
 
-def _settings(resolved: Resolved, origins: Mapping[str, str]) -> dict[str, Setting]:
+def settings_of(resolved: Resolved, origins: Mapping[str, str], title: str) -> dict[str, Setting]:
+    """Return what a resolved launch says in Megatron Core's words.
+
+    ``origins`` has the place of every attribute that was given, ``title`` the framework's name.
+    """
     values = resolved.values
     settings: dict[str, Setting] = {}
-    for word, attribute in _ATTRIBUTES.items():
+    for word, attribute in ATTRIBUTES.items():
         value = values.get(attribute)
         if value is not None:
-            settings[word] = Setting(value=value, origin=_origin(attribute, resolved, origins))
+            settings[word] = Setting(
+                value=value, origin=_origin(attribute, resolved, origins, title)
+            )
     for word in _ONLY_IF_GIVEN & origins.keys():
         settings[word] = Setting(value=values[word], origin=origins[word])
     if not values.get("group_query_attention") and not values.get("multi_latent_attention"):
@@ -161,10 +167,10 @@ def _settings(resolved: Resolved, origins: Mapping[str, str]) -> dict[str, Setti
             settings.pop(word, None)
     untied = "untie_embeddings_and_output_weights"
     settings["share_embeddings_and_output_weights"] = Setting(
-        value=not values.get(untied), origin=_origin(untied, resolved, origins)
+        value=not values.get(untied), origin=_origin(untied, resolved, origins, title)
     )
     if values.get("sft"):
-        settings["task"] = Setting(value="sft", origin=_origin("sft", resolved, origins))
+        settings["task"] = Setting(value="sft", origin=_origin("sft", resolved, origins, title))
     if settings.get("window_size"):
         settings["window_size"] = Setting(
             value=list(values["window_size"]), origin=settings["window_size"].origin
@@ -172,13 +178,13 @@ def _settings(resolved: Resolved, origins: Mapping[str, str]) -> dict[str, Setti
     return settings
 
 
-def _origin(attribute: str, resolved: Resolved, origins: Mapping[str, str]) -> str:
+def _origin(attribute: str, resolved: Resolved, origins: Mapping[str, str], title: str) -> str:
     source = resolved.sources.get(attribute, "default")
     if source == "default":
-        return f"default of {TITLE}"
+        return f"default of {title}"
     if source == "flag":
-        return origins.get(attribute, "flag")
-    return f"derived by {TITLE}" if source == "derived" else f"changed by {TITLE} ({source})"
+        return origins.get(attribute, "given")
+    return f"derived by {title}" if source == "derived" else f"changed by {title} ({source})"
 
 
 _DUMP_LINE: Final = re.compile(r"^(?:.{0,60}?[\]:] )?\s{1,4}([a-z]\w{1,80}) \.{2,80} (.{0,500})$")
@@ -199,7 +205,7 @@ def read_dump(text: str) -> Reading:
     body = text[start.end() if start else 0 : end.start() if end else len(text)]
     if end is None:
         reading.unread.append("the end of the argument dump is missing")
-    words = {attribute: word for word, attribute in _ATTRIBUTES.items()}
+    words = {attribute: word for word, attribute in ATTRIBUTES.items()}
     values: dict[str, Any] = {}
     for line in body.splitlines()[:5000]:
         match = _DUMP_LINE.match(line)

@@ -1,0 +1,149 @@
+"""Megatron-Bridge overrides and recipe command lines, in Megatron Core's words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from meshwright.describe.model import Model
+from meshwright.errors import MeshwrightError
+from meshwright.frameworks.launch import Reading, Setting
+from meshwright.frameworks.launchers import Started
+from meshwright.frameworks.megatron_bridge.launch import resolve
+from meshwright.frameworks.megatron_bridge.settings import setting_of, settings
+from meshwright.frameworks.megatron_lm.read import settings_of
+from meshwright.frameworks.overrides import Override
+from meshwright.frameworks.words_model import find_model, model_words
+from meshwright.parallel.layout import minimum_world_size
+
+TITLE: Final = "Megatron-Bridge"
+_RECIPE_FLAGS: Final = ("--recipe", "--recipe_name")
+_SECTIONS: Final = ("cfg.", "config.", "self.")
+_CONTAINERS: Final = {
+    "GPTModelProvider": "model",
+    "TrainingConfig": "train",
+    "DistributedDataParallelConfig": "ddp",
+    "CommOverlapConfig": "comm_overlap",
+    "OptimizerConfig": "optimizer",
+    "SchedulerConfig": "scheduler",
+    "CheckpointConfig": "checkpoint",
+    "LoggerConfig": "logger",
+}
+"""Classes of Bridge's Python recipes, and the section that each fills."""
+
+
+def read(
+    found: Sequence[Override],
+    chosen: Started | None,
+    gpus: int | None,
+    env: Mapping[str, object],
+) -> Reading:
+    """Read overrides that are started on ``gpus`` ranks (None: not known)."""
+    reading = Reading()
+    recipe = _option(chosen, _RECIPE_FLAGS) or next(
+        (str(o.value) for o in found if o.path == "recipe"), ""
+    )
+    base = _recipe_base(recipe, reading)
+    given = [(_path(o.path), o) for o in found if o.path != "recipe"]
+    known = [(p, o) for p, o in given if p in settings() or "." in p or p in _UNDOTTED]
+    reading.argv = [f"{p}={text_of(o.value)}" for p, o in known]
+    argv = [f"{path}={text_of(value)}" for path, value in base.items()] + reading.argv
+    if gpus is None:
+        gpus = _smallest_world({p: o.value for p, o in known})
+        reading.assumed.append(
+            f"{gpus} GPUs: the launch does not say how many; the smallest world is taken"
+        )
+    resolved = resolve(argv, gpus, env)
+    reading.findings = list(resolved.findings)
+    origins = {setting_of(p): f"recipe {recipe}" for p in base}
+    origins |= {setting_of(p): o.origin for p, o in known}
+    reading.settings = settings_of(resolved, origins, TITLE)
+    if recipe:
+        reading.settings["model"] = Setting(value=_model_name(recipe), origin=f"recipe {recipe}")
+    _task(recipe, {p: o for p, o in known}, reading)
+    return reading
+
+
+_UNDOTTED: Final = frozenset({"dataset_kind", "mixed_precision"})
+
+
+def _path(path: str) -> str:
+    for prefix in _SECTIONS:
+        path = path.removeprefix(prefix)
+    section, _, name = path.partition(".")
+    return f"{_CONTAINERS[section]}.{name}" if section in _CONTAINERS else path
+
+
+def text_of(value: Any) -> str:
+    """Return a value as an override writes it: lists, booleans and null as JSON, text plain."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _option(chosen: Started | None, names: Sequence[str]) -> str:
+    words = [w.text for w in chosen.args] if chosen is not None else []
+    for at, word in enumerate(words):
+        name, sign, value = word.partition("=")
+        if name in names:
+            return value if sign else "".join(words[at + 1 : at + 2])
+    return ""
+
+
+def _model_name(recipe: str) -> str:
+    for suffix in ("_config", "_pretrain", "_finetune", "_sft", "_peft", "_lora"):
+        recipe = recipe.removesuffix(suffix)
+    return recipe
+
+
+def _recipe_base(recipe: str, reading: Reading) -> dict[str, Any]:
+    """Return the overrides that stand for a recipe: its model's shape, and what is assumed."""
+    if not recipe:
+        return {}
+    model = find_model(_model_name(recipe))
+    if model is None:
+        reading.unread.append(f"recipe {recipe}: its model is not known; its settings neither")
+        return {}
+    base = shape_overrides(model)
+    base |= {"model.seq_length": 4096, "dataset.seq_length": 4096}
+    base |= {"train.micro_batch_size": 1, "train.global_batch_size": 512}
+    base |= {"ddp.use_distributed_optimizer": True, "optimizer.use_distributed_optimizer": True}
+    reading.assumed.append(
+        f"recipe {recipe}: the shape of {model.name}; what the recipe sets besides is not read:"
+        " sequence 4096, batch 512, a distributed optimizer and no parallelism are taken where"
+        " nothing overrides them"
+    )
+    return base
+
+
+def shape_overrides(model: Model) -> dict[str, Any]:
+    """Return the overrides that give Bridge's GPT the shape of a model; none if it has none."""
+    try:
+        words = model_words(model)
+    except MeshwrightError:
+        return {}
+    words.pop("max_position_embeddings", None)
+    return {f"model.{w}": v for w, v in words.items() if f"model.{w}" in settings()}
+
+
+def _smallest_world(values: Mapping[str, Any]) -> int:
+    def degree(name: str, default: int = 1) -> int:
+        value = values.get(f"model.{name}", default)
+        return value if isinstance(value, int) and 0 < value < 2**16 else 1
+
+    world = minimum_world_size(
+        degree("tensor_model_parallel_size"),
+        degree("context_parallel_size"),
+        degree("pipeline_model_parallel_size"),
+        degree("expert_model_parallel_size"),
+        degree("expert_tensor_parallel_size"),
+    )
+    return min(world, 2**20)
+
+
+def _task(recipe: str, known: Mapping[str, Override], reading: Reading) -> None:
+    if recipe.endswith(("_peft_config", "_lora_config")) or "peft" in known:
+        reading.settings["task"] = Setting(value="lora", origin=f"recipe {recipe}")
+    elif recipe.endswith(("_sft_config", "_finetune_config")):
+        reading.settings["task"] = Setting(value="sft", origin=f"recipe {recipe}")
+    elif "dataset_kind" in known and known["dataset_kind"].value == "sft":
+        reading.settings["task"] = Setting(value="sft", origin=known["dataset_kind"].origin)

@@ -1,0 +1,1 @@
+"""NeMo 2: the fields of its strategy, model configuration and callbacks (September 2025)."""

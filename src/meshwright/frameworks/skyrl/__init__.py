@@ -1,0 +1,1 @@
+"""SkyRL: its reinforcement learning and SFT trainers on the Megatron and FSDP backends."""

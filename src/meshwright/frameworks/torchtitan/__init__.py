@@ -1,0 +1,1 @@
+"""torchtitan: its command line (August 2026) and the TOML files of earlier releases."""

@@ -1,0 +1,145 @@
+"""A layout as a torchtitan command line."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from meshwright.findings import Finding
+from meshwright.frameworks.torchtitan.read import NAMES, SCHEDULES, TITLE
+from meshwright.frameworks.words import DEGREES
+from meshwright.frameworks.written import (
+    Target,
+    Variable,
+    Written,
+    absent,
+    refusal,
+    zero_refusal,
+)
+from meshwright.parallel.layout import DEFAULT_ORDER, CpComm, Layout, Pipeline, Recompute, Zero
+
+_P: Final = "parallelism"
+_ABSENT: Final = {
+    "etp": 1,
+    "first": 0,
+    "last": 0,
+    "microbatch_group_size": 0,
+    "pipeline_layout": None,
+    "hierarchical_cp": None,
+    "order": DEFAULT_ORDER,
+}
+
+
+def unsupported(target: Target) -> list[Finding]:
+    """Return what torchtitan cannot express: sharded optimizers alone, expert TP, among others."""
+    x, job = target.layout, target.job
+    found = absent(x, TITLE, _ABSENT)
+    sharded = (Zero.optim_grads_params, Zero.optim_grads)
+    found += zero_refusal(x, TITLE, sharded if x.dp_replicate < x.dp * x.cp else (Zero.no_shard,))
+    if x.dp % x.dp_replicate:
+        rule = f"{TITLE} copies whole groups of data parallel ranks, of which there are {x.dp}."
+        found.append(
+            refusal("layout.dp_replicate", x.dp_replicate, rule, f"Use a divisor of {x.dp}.")
+        )
+    if Pipeline(x.schedule).name not in SCHEDULES.values():
+        rule = f"{TITLE} has the schedules {', '.join(SCHEDULES)}."
+        name = Pipeline(x.schedule).name
+        found.append(refusal("layout.schedule", name, rule, "Use 1f1b, interleaved or zb_v."))
+    if x.cp > 1 and x.cp_comm != CpComm.all_gather:
+        rule = f"{TITLE} gathers keys and values."
+        name = CpComm(x.cp_comm).name
+        found.append(refusal("layout.cp_comm", name, rule, "Use cp_comm=all_gather."))
+    if x.recompute not in (Recompute.none, Recompute.full) or x.recompute_num_layers:
+        rule = f"{TITLE} recomputes whole layers, or operations that it chooses itself."
+        found.append(
+            refusal("layout.recompute", Recompute(x.recompute).name, rule, "Use none or full.")
+        )
+    found += _job_refusals(target)
+    if not x.account_for_embedding and not x.account_for_loss and job.gbs % (x.mbs * x.dp):
+        rule = f"{TITLE} splits a step into whole microbatches of mbs*dp = {x.mbs * x.dp}."
+        found.append(refusal("job.gbs", job.gbs, rule, f"Use a multiple of {x.mbs * x.dp}."))
+    return found
+
+
+def _job_refusals(target: Target) -> list[Finding]:
+    job, found = target.job, list[Finding]()
+    if job.precision.name not in ("bf16", "fp32"):
+        rule = f"{TITLE} chooses float8 in its Python configuration, not on the command line."
+        found.append(refusal("job.precision", job.precision.name, rule, "Use bf16."))
+    if job.task != "pretrain":
+        rule = f"{TITLE} pre-trains."
+        found.append(refusal("job.task", job.task, rule, "Use megatron-bridge, nemo or skyrl."))
+    return found
+
+
+def write(target: Target) -> Written:
+    """Return the launch of ``torchtitan.train``."""
+    x, job = target.layout, target.job
+    options: dict[str, Any] = {
+        **{NAMES[word]: getattr(x, name) for name, word in DEGREES.items() if word in NAMES},
+        **_data_parallel(x),
+        f"{_P}.enable_sequence_parallel": bool(x.sp),
+        **_pipeline(target),
+        "training.max_context_length": job.seq_len,
+        "training.num_tokens_per_microbatch_per_dp_rank": x.mbs * job.seq_len,
+        "training.num_tokens_per_train_step": job.gbs * job.seq_len,
+        "training.mixed_precision_param": "bfloat16" if job.precision.name == "bf16" else "float32",
+        "activation_checkpoint.mode": "full" if x.recompute else "none",
+    }
+    if job.execution.cuda_graphs == "none":
+        options["training.disable_cuda_graphs"] = True
+    if x.cp > 1:
+        options[f"{_P}.spmd_backend"] = "spmd_types"
+    module = re.split(r"[-.]", target.model.name.lower())[0]
+    config = re.sub(r"[^a-z0-9]+", "_", target.model.name.lower())
+    return Written(
+        program='-m torchtitan.train --module "$MODULE" --config "$CONFIG"',
+        arguments={
+            "OPTIONS": [[_option(path, value)] for path, value in options.items()],
+            "PATHS": [["--hf_assets_path", "$ASSETS_PATH"], ["--training.steps", "$STEPS"]],
+        },
+        variables=(
+            Variable(name="MODULE", default=module, comment="torchtitan's model folder"),
+            Variable(name="CONFIG", default=config, comment="its configuration: model and data"),
+            Variable(
+                name="ASSETS_PATH",
+                default=f"./assets/hf/{target.model.name}",
+                comment="tokenizer and checkpoint",
+            ),
+            Variable(name="STEPS", default="1000", comment="optimizer steps"),
+        ),
+        env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        | ({"CUDA_DEVICE_MAX_CONNECTIONS": "32"} if x.tp > 1 else {}),
+    )
+
+
+def _data_parallel(x: Layout[int]) -> dict[str, Any]:
+    reshard = "never" if x.zero == Zero.optim_grads else "always"
+    return {
+        f"{_P}.data_parallel_replicate_degree": x.dp_replicate,
+        f"{_P}.data_parallel_shard_degree": x.dp // x.dp_replicate,
+        f"{_P}.fsdp_reshard_after_forward": reshard,
+    }
+
+
+def _pipeline(target: Target) -> dict[str, Any]:
+    x, job = target.layout, target.job
+    if x.pp == 1:
+        return {}
+    schedule = next(t for t, name in SCHEDULES.items() if name == Pipeline(x.schedule).name)
+    counted = target.model.num_layers + x.account_for_embedding + x.account_for_loss
+    return {
+        f"{_P}.pipeline_parallel_schedule": schedule,
+        f"{_P}.pipeline_parallel_layers_per_stage": -(-counted // (x.pp * x.vpp)),
+        f"{_P}.pipeline_parallel_first_stage_less_layers": x.account_for_embedding,
+        f"{_P}.pipeline_parallel_last_stage_less_layers": x.account_for_loss,
+        f"{_P}.num_pp_microbatches": max(job.gbs // (x.mbs * x.dp), 1),
+    }
+
+
+def _option(path: str, value: Any) -> str:
+    """Return an option; a switch is ``--section.name``, or ``--section.no_name`` when off."""
+    if not isinstance(value, bool):
+        return f"--{path}={value}"
+    section, _, name = path.rpartition(".")
+    return f"--{path}" if value else f"--{section}.no_{name}"
