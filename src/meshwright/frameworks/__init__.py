@@ -7,14 +7,19 @@ knows the rules of its own launch has ``resolve(argv, gpus, env) -> Resolved``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from meshwright import registry
 from meshwright.errors import LaunchError
 from meshwright.findings import Finding
 
 if TYPE_CHECKING:
+    from meshwright.frameworks.launch import FRAMEWORKS
     from meshwright.frameworks.megatron_lm.launch import Resolved
+    from meshwright.frameworks.write import launch_files, unsupported
+
+__all__ = ["FRAMEWORKS", "check_launch", "launch_files", "resolve", "unsupported"]
 
 MOST_GPUS = 2**31 - 1
 
@@ -67,3 +72,15 @@ def _module_name(framework: object) -> str:
     if not isinstance(framework, str):
         raise LaunchError("framework", framework, "It is a name.", "Use megatron-lm.")
     return framework.replace("-", "_")
+
+
+_HOMES = {"FRAMEWORKS": "launch", "launch_files": "write", "unsupported": "write"}
+"""Where names live that most checks do not need; they are imported when first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
