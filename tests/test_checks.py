@@ -22,6 +22,7 @@ from meshwright.describe.job import Execution, Job, Task, precision
 from meshwright.describe.model import Model
 from meshwright.describe.models import load_model
 from meshwright.findings import Finding
+from meshwright.parallel.actions import schedule_order
 from meshwright.parallel.layout import (
     CpComm,
     Layouts,
@@ -544,3 +545,12 @@ def test_a_16_bit_adam_is_not_what_mixed_precision_holds() -> None:
     assert share * held.param_bytes == pytest.approx(8.75e9)
     assert share * sum(guide.values()) + 3.0e9 == pytest.approx(38e9)
     assert share * unsharded == pytest.approx(78.75e9)
+
+
+def test_the_first_stage_of_a_pipeline_holds_as_many_micro_batches_as_ranks() -> None:
+    held, most = 0, 0
+    for action in schedule_order(4, 16)[0].split():
+        held += 1 if action.startswith("F") else -1
+        most = max(most, held)
+    assert most == 4
+    assert most * 3.0 == 12.0
