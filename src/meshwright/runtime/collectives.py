@@ -57,3 +57,20 @@ def own_block(x: Tensor, group: Group) -> Tensor:
     """Return this rank's block of ``x`` along dim 0."""
     rows = x.shape[0] // group.size
     return x[group.index * rows : (group.index + 1) * rows]
+
+
+def send(x: Tensor, to: int, group: Group | None = None) -> None:
+    """Send to a rank of the world, and wait until it has left."""
+    _wait(dist.isend(x.contiguous(), to, group=None if group is None else group.handle))
+
+
+def receive(out: Tensor, source: int, group: Group | None = None) -> Tensor:
+    """Fill ``out`` with what a rank of the world sends."""
+    _wait(dist.irecv(out, source, group=None if group is None else group.handle))
+    return out
+
+
+def _wait(work: dist.Work | None) -> None:
+    # A blocking gloo send is a rendezvous even for one element, so only the immediate ones serve.
+    if work is not None:
+        work.wait()

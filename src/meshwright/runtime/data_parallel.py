@@ -88,8 +88,7 @@ class FlatBuffer:
         """Give the parameters storage and values, and keep this rank's master weights."""
         self.data = torch.zeros(self.numel, dtype=self.dtype, device=device)
         for index, member in enumerate(self.members):
-            start = self.starts[index]
-            view = self.data[start : start + member.numel()].view(member.shape)
+            view = self._view(self.data, index)
             view.copy_(values(member))
             member.data = view
             if member.requires_grad:
@@ -109,6 +108,19 @@ class FlatBuffer:
             if self.shard.size == 1 and self.grad is not None:
                 self.grad_range = self.grad
         if self.zero == Zero.optim_grads_params:
+            self._free()
+
+    @torch.no_grad()
+    def fill(self, values: Callable[[ShardedParameter], Tensor]) -> None:
+        """Replace the values of every member."""
+        sharded = self.zero == Zero.optim_grads_params
+        if sharded:
+            self.data.untyped_storage().resize_(self.numel * self.data.element_size())
+        for index, member in enumerate(self.members):
+            self._view(self.data, index).copy_(values(member))
+        if not self.aliased:
+            self.master.copy_(self.data[self.range])
+        if sharded:
             self._free()
 
     @staticmethod
@@ -360,10 +372,10 @@ class DataParallel:
         for buffer in self.buffers:
             buffer.publish()
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the parts of trainable parameters that this rank's optimizer owns."""
+    def pieces(self, *, frozen: bool = False) -> Iterator[Piece]:
+        """Yield the parts of parameters that this rank owns, by default of trainable ones."""
         for buffer in self.buffers:
-            if buffer.trainable:
+            if buffer.trainable or frozen:
                 yield from buffer.pieces()
 
 

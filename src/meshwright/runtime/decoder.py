@@ -162,7 +162,6 @@ class Chunk(nn.Module):
         self.context, self.plan = context, plan
         self.unit: Unit = call_directly
         self.losses: list[Tensor] = []
-        self.logits: Tensor | None = None
         needs_table = plan.embedding or plan.mtp_layers or (plan.loss and shape.tie_word_embeddings)
         if needs_table:
             self.embed_tokens = table or embedding_table(context, counted=plan.embedding)
@@ -184,11 +183,15 @@ class Chunk(nn.Module):
 
     def forward(self, x: Tensor | None, batch: Microbatch) -> Tensor:
         """Return hidden states ``[s, b, h]``, or the objective where the loss sits."""
+        x = self.hidden(x, batch)
+        return self._objective(x, batch) if self.plan.loss else x
+
+    def hidden(self, x: Tensor | None, batch: Microbatch) -> Tensor:
+        """Return the hidden states after the last layer of the chunk."""
         if self.plan.embedding:
             x = self.unit(self.embed_tokens, self.embed_tokens.embed)(batch.tokens)
         assert x is not None
-        x = self._run_layers(x, batch)
-        return self._objective(x, batch) if self.plan.loss else x
+        return self._run_layers(x, batch)
 
     def hidden_to_logits(self, x: Tensor) -> Tensor:
         """Return the logits of this rank's words after the final norm."""

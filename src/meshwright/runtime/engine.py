@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meshwright.parallel.layout import Layout
 from meshwright.parallel.placement import Placement
-from meshwright.runtime.collectives import all_reduce
+from meshwright.runtime.collectives import all_gather, all_reduce
 from meshwright.runtime.context import Context, Microbatch
 from meshwright.runtime.context_parallel import positions
 from meshwright.runtime.data_parallel import DataParallel
@@ -195,11 +195,31 @@ class Engine:
             aux_scale=aux_scale,
         )
 
-    def _empty(self) -> Tensor:
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor | None:
+        """Return the logits ``[b, s, V]`` of sequences ``[b, s]``, on the ranks of the last stage.
+
+        A forward pass of the whole batch as one microbatch; ``s`` is ``seq_len``.
+        """
+        mask = torch.ones_like(tokens)
+        rows = torch.nn.functional.pad(tokens, (0, 1))
+        counts = [1.0] * (1 + self.shape.mtp_layers)
+        batch = self._microbatch(rows, mask, counts, aux_scale=0.0)
+        found = self.pipeline.logits(batch, lambda: self._empty(len(tokens)))
+        if found is None:
+            return None
+        groups = self.context.groups
+        # [s, b, V/TP] -> [V, b, s] over TP, then [s, b, V] over CP in the order of positions.
+        words = all_gather(found.transpose(0, 2).contiguous(), groups.tp)
+        gathered = all_gather(words.transpose(0, 2).contiguous(), groups.cp)
+        order = all_gather(self.positions, groups.cp).argsort()
+        return gathered[order].transpose(0, 1)[..., : self.shape.vocab_size]
+
+    def _empty(self, sequences: int = 0) -> Tensor:
         x = self.layout
         tokens = self.settings.seq_len // x.cp // (x.tp if self.context.sp else 1)
         return torch.empty(
-            (tokens, x.mbs, self.shape.hidden_size),
+            (tokens, sequences or x.mbs, self.shape.hidden_size),
             dtype=self.settings.dtype,
             device=self.settings.device,
         )

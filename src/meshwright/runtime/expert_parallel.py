@@ -135,7 +135,7 @@ class Router(nn.Module):
                 best = grouped.amax(dim=-1)
             allowed = torch.zeros_like(best, dtype=torch.bool)
             allowed.scatter_(-1, best.topk(moe.topk_groups, dim=-1).indices, value=True)
-            shifted = grouped.masked_fill(~allowed.unsqueeze(-1), 0.0).flatten(-2)
+            shifted = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
         return shifted.topk(moe.topk, dim=-1).indices
 
     def _with_losses(

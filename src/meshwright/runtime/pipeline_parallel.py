@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshwright.parallel.pipeline import Action, Schedule
+from meshwright.runtime import collectives
 from meshwright.runtime.context import Context, Microbatch
 from meshwright.runtime.data_parallel import DataParallel
 from meshwright.runtime.decoder import Chunk
@@ -129,6 +130,33 @@ class Pipeline:
             step.perform(action)
         step.mail.close()
         return step.losses, step.aux_losses
+
+    def logits(self, batch: Microbatch, empty: Callable[[], Tensor]) -> Tensor | None:
+        """Run one forward pass through every stage; return the logits where the loss sits."""
+        owners = self.schedule.rank_of_stage
+        pp = self.context.groups.pp
+        by_stage = {chunk.plan.stage: chunk for chunk in self.chunks}
+        x: Tensor | None = None
+        for stage, owner in enumerate(owners):
+            if owner == self.rank:
+                chunk = by_stage[stage]
+                x = chunk.hidden(x, batch)
+                if chunk.plan.loss:
+                    return chunk.hidden_to_logits(x)
+            following = owners[stage + 1] if stage < self.last_stage else owner
+            if following != owner and self.rank in (owner, following):
+                x = self._hand_over(pp, owner, following, x, empty)
+        return None
+
+    def _hand_over(
+        self, pp: Group, sender: int, receiver: int, x: Tensor | None, empty: Callable[[], Tensor]
+    ) -> Tensor | None:
+        group = self.context.groups.up if receiver > sender else self.context.groups.down
+        if self.rank == sender:
+            assert x is not None
+            collectives.send(x, pp.ranks[receiver], group)
+            return None
+        return collectives.receive(empty(), pp.ranks[sender], group)
 
 
 class _Step:

@@ -1,10 +1,19 @@
-"""What the decoder needs to know of an architecture to compute it, in Hugging Face words."""
+"""What the decoder needs to know of an architecture to compute it, in Hugging Face words.
+
+Structure comes from the planner's own description of the model (``Model.facts``); ``shape_of`` adds
+the numbers that move no cost: epsilons, rotary positions, how routers score.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
+
+from meshwright.describe.facts import Attention, Decoder, LatentAttention, Layer, Mlp, Moe
+from meshwright.describe.model import Model
+from meshwright.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +133,211 @@ class ModelShape:
 def yarn_mscale(factor: float, mscale: float) -> float:
     """Return yarn's attention temperature 0.1 m ln(s) + 1 (arXiv:2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    """What ``transformers`` assumes for a model type where the config says nothing."""
+
+    norm_eps: float = 1e-6
+    theta: float = 10000.0
+    names: Literal["mixtral", "qwen", "deepseek"] = "qwen"
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool | None = None
+    """Whether expert weights are normalised: fixed, or ``None``: ``norm_topk_prob`` decides."""
+    routed_scaling_factor: float = 1.0
+    group_score: Literal["max", "top2"] = "max"
+    groups: tuple[int, int] = (1, 1)
+    aux_loss_coef: float = 0.0
+
+
+FAMILIES: Mapping[str, _Family] = {
+    "llama": _Family(),
+    "mistral": _Family(),
+    "qwen2": _Family(),
+    "qwen3": _Family(),
+    "olmo2": _Family(norm_eps=1e-5),
+    "mixtral": _Family(
+        norm_eps=1e-5, theta=1e6, names="mixtral", normalise=True, aux_loss_coef=0.001
+    ),
+    "qwen2_moe": _Family(aux_loss_coef=0.001),
+    "qwen3_moe": _Family(aux_loss_coef=0.001),
+    "olmoe": _Family(norm_eps=1e-5, aux_loss_coef=0.01),
+    "deepseek_v2": _Family(names="deepseek", normalise=False),
+    "deepseek_v3": _Family(
+        names="deepseek",
+        scoring="sigmoid",
+        normalise=True,
+        routed_scaling_factor=2.5,
+        group_score="top2",
+        groups=(8, 4),
+    ),
+    "kimi_k2": _Family(
+        names="deepseek",
+        scoring="sigmoid",
+        normalise=True,
+        routed_scaling_factor=2.827,
+        group_score="top2",
+    ),
+}
+"""The model types that the runtime computes."""
+
+
+def shape_of(model: Model, config: Mapping[str, Any] | None = None) -> ModelShape:
+    """Return what the decoder computes for a described model.
+
+    ``config`` is its Hugging Face config; keys that it leaves out take ``transformers``' defaults.
+
+    Raises ``ModelError`` for what the runtime does not compute.
+    """
+    family = FAMILIES.get(model.model_type)
+    facts = model.facts
+    if family is None or facts is None:
+        raise ModelError(
+            "model.model_type",
+            model.model_type,
+            "The runtime does not compute this family.",
+            f"Use one of {', '.join(FAMILIES)}.",
+        )
+    values = {} if config is None else {k: v for k, v in config.items() if v is not None}
+    _refuse_unknown(facts, values)
+    layers = (*facts.layers, *(depth[0] for depth in facts.mtp))
+    mixer, moe = layers[0].mixer, next((x.ffn for x in layers if isinstance(x.ffn, Moe)), None)
+    latent = mixer if isinstance(mixer, LatentAttention) else None
+    plain = mixer if isinstance(mixer, Attention) else None
+    mlp = next((x.ffn for x in layers if isinstance(x.ffn, Mlp)), None)
+    windows = [x.mixer.window if isinstance(x.mixer, Attention) else 0 for x in facts.layers]
+    qk_norm = plain.qk_norm if plain else ""
+    assert qk_norm != "weightless"
+    return ModelShape(
+        model_type=model.model_type,
+        hidden_size=facts.hidden_size,
+        num_layers=len(facts.layers),
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        ffn_hidden_size=mlp.ffn_hidden_size if mlp else 1,
+        vocab_size=facts.vocab_size,
+        norm_eps=float(values.get("rms_norm_eps", family.norm_eps)),
+        rope=_rope(facts, family, values, latent is not None),
+        qkv_bias=plain.qkv_bias if plain else bool(latent and latent.bias),
+        out_bias=plain.out_bias if plain else bool(latent and latent.bias),
+        mlp_bias=bool(mlp and mlp.bias),
+        qk_norm=qk_norm,
+        norms="post" if facts.layers[0].norms == "post" else "pre",
+        tie_word_embeddings=facts.tie_word_embeddings,
+        window=max(windows),
+        window_layers=tuple(i for i, window in enumerate(windows) if window),
+        initializer_range=float(values.get("initializer_range", 0.02)),
+        moe=_moe(moe, family, values) if moe else None,
+        moe_layers=tuple(i for i, layer in enumerate(layers) if isinstance(layer.ffn, Moe)),
+        mla=_mla(latent) if latent else None,
+        mtp_layers=len(facts.mtp),
+    )
+
+
+def _refuse_unknown(facts: Decoder, values: Mapping[str, Any]) -> None:
+    wrong: list[tuple[bool, str, str]] = [
+        (values.get("hidden_act", "silu") != "silu", "hidden_act", "silu"),
+        (values.get("clip_qkv") is not None, "clip_qkv", "null"),
+        (bool(values.get("attention_dropout")), "attention_dropout", "0.0"),
+        (bool(values.get("router_jitter_noise")), "router_jitter_noise", "0.0"),
+        (values.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor", "1.0"),
+    ]
+    for is_wrong, key, remedy in wrong:
+        if is_wrong:
+            rule = "The runtime computes models without it."
+            raise ModelError(f"config.{key}", values[key], rule, f"Use {remedy}.")
+    if any(_is_unknown(layer) for layer in facts.layers) or facts.hidden_dropout:
+        raise ModelError(
+            "model.layers",
+            facts.model_type,
+            "A layer has a part that the runtime does not compute (an indexer, sinks, a gate).",
+            "Use a model of the plain family.",
+        )
+
+
+def _is_unknown(layer: Layer) -> bool:
+    mixer, ffn = layer.mixer, layer.ffn
+    plain = isinstance(mixer, Attention) and not (
+        mixer.output_gate or mixer.sinks or not mixer.rope or mixer.qk_norm == "weightless"
+    )
+    latent = isinstance(mixer, LatentAttention) and not mixer.index_topk and mixer.norms
+    gated = isinstance(ffn, Mlp | Moe) and ffn.gated
+    extra = isinstance(ffn, Moe) and (ffn.router_bias or ffn.expert_bias or ffn.latent_size)
+    return not (plain or latent) or not gated or bool(extra) or layer.parallel
+
+
+def _moe(moe: Moe, family: _Family, values: Mapping[str, Any]) -> MoeShape:
+    normalise = family.normalise
+    if normalise is None:
+        normalise = bool(values.get("norm_topk_prob", False))
+    grouped = family.scoring == "sigmoid" or values.get("topk_method") == "group_limited_greedy"
+    groups = family.groups
+    if grouped:
+        groups = (
+            int(values.get("n_group", groups[0])),
+            int(values.get("topk_group", groups[1])),
+        )
+    return MoeShape(
+        num_experts=moe.num_experts,
+        topk=moe.topk,
+        ffn_hidden_size=moe.ffn_hidden_size,
+        shared_ffn_hidden_size=moe.shared_ffn_hidden_size,
+        shared_gate=moe.shared_gate,
+        scoring=family.scoring,
+        normalise=normalise,
+        routed_scaling_factor=float(
+            values.get("routed_scaling_factor", family.routed_scaling_factor)
+        ),
+        num_groups=groups[0],
+        topk_groups=groups[1],
+        group_score=family.group_score,
+        correction_bias=moe.correction_bias,
+        aux_loss_coef=float(values.get("router_aux_loss_coef", family.aux_loss_coef)),
+        names=family.names,
+    )
+
+
+def _mla(latent: LatentAttention) -> MlaShape:
+    return MlaShape(
+        q_lora_rank=latent.q_lora_rank,
+        kv_lora_rank=latent.kv_lora_rank,
+        qk_nope_head_dim=latent.qk_nope_head_dim,
+        qk_rope_head_dim=latent.qk_rope_head_dim,
+        v_head_dim=latent.v_head_dim,
+    )
+
+
+def _rope(facts: Decoder, family: _Family, values: Mapping[str, Any], latent: bool) -> Rope:
+    """Read rotary positions: ``rope_parameters``, or ``rope_theta`` and ``rope_scaling``."""
+    given = cast(
+        "dict[str, Any]", values.get("rope_parameters") or values.get("rope_scaling") or {}
+    )
+    given = {k: v for k, v in given.items() if v is not None}
+    kind = str(given.get("rope_type", given.get("type", "default")))
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise ModelError(
+            "config.rope_parameters",
+            kind,
+            "The runtime computes rotary positions of other types.",
+            "Use default, linear, llama3 or yarn.",
+        )
+    factor = given.get("attention_factor")
+    return Rope(
+        theta=float(given.get("rope_theta", values.get("rope_theta", family.theta))),
+        kind=kind,
+        factor=float(given.get("factor", 1.0)),
+        low_freq_factor=float(given.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(given.get("high_freq_factor", 4.0)),
+        original_max_seq_len=int(
+            given.get("original_max_position_embeddings", facts.max_seq_len or 8192)
+        ),
+        beta_fast=float(given.get("beta_fast", 32.0)),
+        beta_slow=float(given.get("beta_slow", 1.0)),
+        attention_factor=None if factor is None else float(factor),
+        mscale=float(given.get("mscale", 0.0)),
+        mscale_all_dim=float(given.get("mscale_all_dim", 0.0)),
+        truncate=bool(given.get("truncate", True)),
+        interleaved=latent and bool(values.get("rope_interleave", True)),
+    )

@@ -1,0 +1,193 @@
+"""Logits of tiny random checkpoints equal those of transformers. Provenance: oracle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from meshwright.describe.models import build_model
+from meshwright.errors import DocumentError
+from meshwright.parallel.layout import from_text
+from meshwright.runtime.engine import Engine, Settings
+from meshwright.runtime.launch import run_ranks
+from meshwright.runtime.legality import check_runnable
+from meshwright.runtime.shape import shape_of
+from meshwright.runtime.weights import SINGLE, load_weights, save_weights
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.parity,
+    # transformers scripts parts of itself, which torch 2.13 calls deprecated.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+SEQ_LEN = 16
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("llama", {"rope_parameters": LLAMA3_ROPE}, "tp=2 pp=2"),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}, "tp=4"),
+    "llama with yarn": ("llama", {"rope_parameters": YARN_ROPE, "head_dim": 16}, "cp=2"),
+    "mistral": ("mistral", {"sliding_window": 6}, "tp=2"),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}, "tp=2 cp=2"),
+    "qwen3": ("qwen3", {"head_dim": 16}, "pp=2"),
+    "olmo2": ("olmo2", {}, "tp=2"),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "ep=2 pp=2"),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+        },
+        "tp=2 ep=2",
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "head_dim": 8,
+            "norm_topk_prob": True,
+        },
+        "ep=2 etp=2",
+    ),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, "tp=2 ep=2"),
+    "deepseek_v2": (
+        "deepseek_v2",
+        LATENT
+        | {
+            "topk_method": "group_limited_greedy",
+            "n_group": 2,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 2.0,
+        },
+        "tp=2",
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        LATENT | {"n_group": 4, "topk_group": 2},
+        "tp=2 pp=2 ep=2",
+    ),
+    "deepseek_v3 without a query rank": (
+        "deepseek_v3",
+        LATENT
+        | {
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": None,
+            "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        "pp=2",
+    ),
+}
+
+
+def _reference(model_type: str, keys: dict[str, Any], folder: Path) -> torch.Tensor:
+    config = transformers.AutoConfig.for_model(model_type, **(SIZES | keys))
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in (*model.named_parameters(), *model.named_buffers()):
+            if "norm" in name or "bias" in name:
+                weight.add_(0.2 * torch.randn_like(weight))
+        model.save_pretrained(folder)
+        return model(_tokens()).logits
+
+
+def _tokens() -> torch.Tensor:
+    return torch.randint(0, 101, (2, SEQ_LEN), generator=torch.Generator().manual_seed(3))
+
+
+def _logits(rank: int, text: str, folder: str, saved: str) -> Any:
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    shape, x = shape_of(build_model(config), config), from_text(text)
+    gbs = 2 * x.dp * x.pp
+    check_runnable(shape, x, seq_len=SEQ_LEN, gbs=gbs)
+    engine = Engine(shape, x, Settings(seq_len=SEQ_LEN, gbs=gbs), rank=rank)
+    load_weights(engine, Path(folder))
+    if saved:
+        save_weights(engine, Path(saved), config)
+    found = engine.logits(_tokens())
+    return None if found is None else found.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers_under_any_layout(family: str, tmp_path: Path) -> None:
+    model_type, keys, layout = FAMILIES[family]
+    expected = _reference(model_type, keys, tmp_path)
+    single = torch.tensor(_logits(0, "tp=1", str(tmp_path), ""))
+    torch.testing.assert_close(single, expected, rtol=1e-4, atol=1e-4)
+    saved = tmp_path / "saved"
+    world = from_text(layout).world_size
+    for rank_logits in run_ranks(world, _logits, layout, str(tmp_path), str(saved), timeout_s=60):
+        if rank_logits is not None:
+            torch.testing.assert_close(torch.tensor(rank_logits), expected, rtol=1e-4, atol=1e-4)
+    again = transformers.AutoModelForCausalLM.from_pretrained(saved, torch_dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(_tokens()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_cut_in_the_middle_is_named(tmp_path: Path) -> None:
+    _reference("llama", {}, tmp_path)
+    file = tmp_path / SINGLE
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(DocumentError, match=SINGLE):
+        _logits(0, "tp=1", str(tmp_path), "")
+
+
+def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
+    _reference("llama", {}, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(DocumentError, match=r"layers\.2\."):
+        _logits(0, "tp=1", str(tmp_path), "")
