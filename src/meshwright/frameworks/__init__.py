@@ -56,7 +56,7 @@ def resolve(
     """
     if isinstance(gpus, bool) or not isinstance(gpus, int) or not 1 <= gpus <= MOST_GPUS:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise LaunchError("gpus", gpus, "It is a whole number from 1.", "Give the world size.")
-    if isinstance(argv, str) or not all(isinstance(a, str) for a in argv):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(argv, list | tuple) or not all(isinstance(a, str) for a in argv):  # pyright: ignore[reportUnnecessaryIsInstance]
         rule = "The arguments are a list of texts."
         raise LaunchError("argv", argv, rule, 'Give ["--num-layers", "32", ...].')
     if env is not None and not isinstance(env, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -18,12 +18,9 @@ from itertools import takewhile
 from typing import Any, Literal
 
 from meshwright.errors import did_you_mean
+from meshwright.parallel.pipeline_layout import MOST_LAYERS
 
 Action = Literal["store", "on", "off", "on_off"]
-
-MOST_LAYERS = 100_000
-"""Layer patterns longer than this are not unrolled."""
-
 
 _ACTIONS: dict[str, Action] = {"store": "store", "on": "on", "off": "off", "on_off": "on_off"}
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from meshwright.frameworks.megatron_lm.rules import (
     Settings,
-    change,
+    derive,
     error,
+    warning,
 )
 
 
@@ -68,13 +69,17 @@ RULES = (
         "DeepEP and HybridEP exclude each other.",
         "Drop {write[moe_enable_deepep]}.",
     ),
-    change(
+    warning(
         "MLM-TC-deepep_old",
         "transformer_config:1750",
-        "moe_flex_dispatcher_backend",
-        lambda s: s.moe_enable_deepep and {"moe_flex_dispatcher_backend": "deepep"},
-        "--moe-enable-deepep is the old form of --moe-flex-dispatcher-backend deepep.",
+        "moe_enable_deepep",
+        lambda s: s.moe_enable_deepep,
+        "DeepEP is chosen as a backend now.",
         "Use {write[moe_flex_dispatcher_backend=deepep]}.",
+    ),
+    derive(
+        "transformer_config:1750",
+        lambda s: s.moe_enable_deepep and {"moe_flex_dispatcher_backend": "deepep"},
     ),
     error(
         "MLM-TC-flex_pad",
@@ -141,6 +146,14 @@ RULES = (
         _sms_conflict,
         "Two old options give different numbers of SMs: {moe_deepep_num_sms} and "
         "{moe_hybridep_num_sms}.",
+        "Use {write[moe_flex_dispatcher_num_sms]}.",
+    ),
+    warning(
+        "MLM-TC-sms_old",
+        "transformer_config:1808",
+        "moe_deepep_num_sms",
+        lambda s: s.moe_deepep_num_sms is not None or s.moe_hybridep_num_sms is not None,
+        "The number of SMs has one option for every backend now.",
         "Use {write[moe_flex_dispatcher_num_sms]}.",
     ),
     error(

@@ -402,6 +402,7 @@ RULES = (
         "Interleaved, {num_microbatches} microbatches in groups of "
         "{microbatch_group_size_per_vp_stage} leave {rest}, fewer than pp = {pp}.",
         "Make the microbatches a multiple of the group size.",
+        repeats=("MLM-SCHED-group_range",),
     ),
     warning(
         "MLM-SCHED-few_mb",

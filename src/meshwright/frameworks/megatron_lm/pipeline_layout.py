@@ -12,7 +12,7 @@ from meshwright.frameworks.megatron_lm.rules import (
     error,
     indivisible,
 )
-from meshwright.parallel.placement import read_pipeline_layout
+from meshwright.parallel.pipeline_layout import read_pipeline_layout
 
 
 def layout_stages(s: Settings) -> tuple[str, ...]:
@@ -242,6 +242,7 @@ RULES = (
         _layers_in_layout,
         "The layout has {count} layers (t), the model {num_layers}.",
         "Write t {num_layers} times.",
+        repeats=("MLM-ARG-hyb_layout",),
     ),
     error(
         "MLM-LAYOUT-mtp_count",
@@ -342,6 +343,7 @@ RULES = (
         lambda s: split_unevenly(s) and _middle_indivisible(s),
         "The remaining {layers} layers must split over {ranks} middle stages.",
         "Change the first or the last stage by the remainder.",
+        repeats=("MLM-TC-first_pos", "MLM-TC-last_pos", "MLM-TC-uneven_acc"),
     ),
     error(
         "MLM-TC-uneven_vpp",

@@ -313,6 +313,7 @@ RULES = (
         lambda s: s.fsdp_manual_registration and not s.nccl_ub,
         "Manual registration registers NCCL user buffers.",
         "Add --use-nccl-ub.",
+        repeats=("MLM-ARG-manreg_fsdp",),
     ),
     change(
         "MLM-ARG-muon_distopt",
@@ -337,6 +338,7 @@ RULES = (
         lambda s: _emerging(s) and s.ckpt_format not in ("torch", "torch_dist"),
         "{optimizer} is saved as torch or torch_dist, not {ckpt_format}.",
         "Use --ckpt-format torch_dist.",
+        repeats=("MLM-ARG-mfsdp_opt",),
     ),
     error(
         "MLM-ARG-gloo_distopt",

@@ -262,6 +262,7 @@ RULES = (
         lambda s: s.ckpt_format == "torch_dcp" and s.tp > 1,
         "The torch_dcp format excludes tensor parallelism (tp is {tp}).",
         "Use --ckpt-format torch_dist.",
+        repeats=("MLM-ARG-dcp_fsdp",),
     ),
     error(
         "MLM-ARG-dcp_pp",
@@ -270,6 +271,7 @@ RULES = (
         lambda s: s.ckpt_format == "torch_dcp" and s.pp > 1,
         "The torch_dcp format excludes pipeline parallelism (pp is {pp}).",
         "Use --ckpt-format torch_dist.",
+        repeats=("MLM-ARG-dcp_fsdp",),
     ),
     error(
         "MLM-ARG-fsdp_dtensor",
@@ -337,6 +339,7 @@ RULES = (
         "fake_process_group",
         _dry_run,
         "A dry run checks no NaN and makes no Gloo groups.",
+        severity="note",
     ),
     error(
         "MLM-ARG-ckpt_pg_cache",
