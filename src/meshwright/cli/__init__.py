@@ -19,7 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-MODULES = ("planning", "running", "accuracy")
+MODULES = ("planning", "launches", "running", "accuracy")
 """Modules with commands, in the order that help lists them."""
 
 

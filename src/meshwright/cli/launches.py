@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from meshwright.frameworks.check import CheckResult
 
@@ -23,22 +23,28 @@ FrameworkName = Annotated[
     str | None,
     typer.Option("--framework", help="What the launch is for, where its content does not tell."),
 ]
+LaunchText = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FILE | -- COMMAND ...",
+        help="A script, YAML, TOML, Python or log; or after -- the command itself.",
+    ),
+]
+LauncherName = Annotated[str, typer.Option("--launcher", help="torchrun or slurm.")]
+ModelText = Annotated[
+    str | None, typer.Option("--model", help="The model, where the launch does not say.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command()(check)
+    for command in (check, convert, compare, resize):
+        app.command()(command)
 
 
 def check(
-    launch: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="FILE | -- COMMAND ...",
-            help="A script, YAML, TOML, Python or log; or after -- the command itself.",
-        ),
-    ],
+    launch: LaunchText,
     gpus: Gpus = None,
     cluster: ClusterText = None,
     framework: FrameworkName = None,
@@ -57,6 +63,157 @@ def check(
         show_check(result, settings=settings)
     if not result.ok:
         raise typer.Exit(1)
+
+
+def convert(
+    launch: LaunchText,
+    to: Annotated[
+        str,
+        typer.Option("--to", help="megatron-lm, megatron-bridge, nemo, skyrl, verl, torchtitan."),
+    ],
+    launcher: LauncherName = "torchrun",
+    gpus: Gpus = None,
+    cluster: ClusterText = None,
+    framework: FrameworkName = None,
+    model: ModelText = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help='Change the layout on the way: "zero=optim_grads_params".'),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Write the files into this folder.")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Write a launch for another framework, or refuse by name what that cannot express."""
+    from meshwright.frameworks import convert as converting
+
+    done = converting.convert(
+        source_of(launch),
+        to,
+        launcher=launcher,
+        gpus=gpus,
+        cluster=cluster,
+        framework=framework,
+        model=model,
+        changes=changes or (),
+    )
+    if output is not None:
+        _write_files(done.files, Path(output))
+    if json:
+        _print_json(done.to_dict())
+        return
+    for note in (*done.notes, *(f"not read: {line}" for line in done.read.unread)):
+        typer.echo(note, err=True)
+    if output is None:
+        _show_files(done.files)
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A launch, or a plan document.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    cluster: ClusterText = None,
+    gpus: Gpus = None,
+    json: AsJson = False,
+) -> None:
+    """Put two launches side by side: what differs, what it costs, which difference it is."""
+    from meshwright.frameworks import compare as comparing
+
+    found = comparing.compare(a, b, cluster=cluster, gpus=gpus)
+    if json:
+        _print_json(found.to_dict())
+        return
+    from meshwright.units import format_bytes, format_s
+
+    for difference in found.differences:
+        effect = ""
+        if difference.step_time_s is not None and difference.peak_bytes is not None:
+            effect = (
+                f"  alone: step {_signed(difference.step_time_s, format_s)},"
+                f" peak {_signed(difference.peak_bytes, format_bytes)}"
+            )
+        typer.echo(f"{difference.field}: {difference.a} -> {difference.b}{effect}")
+    _show_terms("time", found.time, format_s)
+    _show_terms("memory", found.memory, format_bytes)
+    for what, name in found.explains.items():
+        typer.echo(f"{what} changes most by {name}")
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+
+
+def resize(
+    launch: LaunchText,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, max=2**20, help="GPUs to move to.")],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Write the script to this file.")
+    ] = None,
+    launcher: LauncherName = "torchrun",
+    framework: FrameworkName = None,
+    model: ModelText = None,
+    json: AsJson = False,
+) -> None:
+    """Move a working launch to another number of GPUs, with its batch kept."""
+    from meshwright.frameworks import resize as resizing
+
+    moved = resizing.resize(
+        source_of(launch), gpus, framework=framework, model=model, launcher=launcher
+    )
+    if output is not None:
+        path = Path(output)
+        first, *rest = moved.files
+        _write_files({path.name: moved.files[first]}, path.parent)
+        _write_files({name: moved.files[name] for name in rest}, path.parent)
+    if json:
+        _print_json(moved.to_dict())
+        return
+    for name, (before, after) in moved.changes.items():
+        typer.echo(f"{name}: {before} -> {after}", err=True)
+    for line in moved.kept:
+        typer.echo(f"kept: {line}", err=True)
+    for line in moved.notes:
+        typer.echo(f"note: {line}", err=True)
+    if output is None:
+        _show_files(moved.files)
+
+
+def _signed(value: float, form: Callable[[float], str]) -> str:
+    return f"{'-' if value < 0 else '+'}{form(abs(value))}"
+
+
+def _show_terms(
+    title: str, terms: Mapping[str, tuple[float, float]] | None, form: Callable[[float], str]
+) -> None:
+    if terms is None:
+        return
+    typer.echo(f"{title}:")
+    for name, (before, after) in terms.items():
+        if before or after:
+            change = _signed(after - before, form)
+            typer.echo(f"  {name:24} {form(before):>12} {form(after):>12} {change:>13}")
+    totals = [sum(pair[side] for pair in terms.values()) for side in (0, 1)]
+    change = _signed(totals[1] - totals[0], form)
+    typer.echo(f"  {'together':24} {form(totals[0]):>12} {form(totals[1]):>12} {change:>13}")
+
+
+def _show_files(files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        if len(files) > 1:
+            typer.echo(f"# ---- {name}")
+        typer.echo(text, nl=False)
+
+
+def _write_files(files: Mapping[str, str], folder: Path) -> None:
+    from meshwright.errors import DocumentError
+
+    for name, text in files.items():
+        path = folder / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            rule = f"It cannot be written: {error.strerror}."
+            raise DocumentError("output", str(path), rule, "Choose another path.") from None
+        typer.echo(f"Wrote {path}", err=True)
 
 
 def source_of(words: Sequence[str]) -> str | Sequence[str]:

@@ -14,11 +14,12 @@ from typing import Final, Literal
 
 from meshwright.errors import DocumentError, LaunchError, did_you_mean
 from meshwright.frameworks import overrides as paths
-from meshwright.frameworks.launch import FRAMEWORKS, TITLES, Launch, Reading
+from meshwright.frameworks.launch import FRAMEWORKS, TITLES, Launch, Reading, Setting
 from meshwright.frameworks.launchers import Counts, Started, sbatch_counts, started
 from meshwright.frameworks.overrides import Override
 from meshwright.frameworks.shell import Command, Script, Word, parse
 from meshwright.frameworks.shell_words import MAX_BYTES
+from meshwright.frameworks.words_model import find_model
 
 Kind = Literal["shell", "yaml", "toml", "python", "dump"]
 
@@ -59,6 +60,12 @@ _TITAN_FLAG: Final = re.compile(
     r"|profiler|model|debug)\.[a-z_.\-]+(=.*)?",
     re.DOTALL,
 )
+
+_MATTERS: Final = re.compile(
+    r"parallel|batch|len(gth)?$|n_gpus|nnodes|num_nodes|num_gpus|devices$|recompute|tokens|degree"
+    r"|layers|samples|rollout\.n$|(^|actor\.|trainer\.)strategy$|model\.path$|dtype|precision|fp8|hidden|heads|experts"
+)
+"""Settings that decide layout, job or model: told when their value is not known."""
 
 
 def read_launch(
@@ -124,7 +131,7 @@ def read_document(
         reading = read_dump(text[: 8 * MAX_BYTES])
         return _launch("megatron-lm", reading, gpus or reading.gpus, {}, ())
     if kind == "shell":
-        return _from_script(parse(text), gpus, framework, env)
+        return _from_script(parse(text), gpus, framework, env, Path(name).parent)
     origin = Path(name).name
     if len(text) > MAX_BYTES:
         rule = f"A configuration has at most {MAX_BYTES} characters."
@@ -152,6 +159,7 @@ def _from_script(
     gpus: int | None,
     framework: str | None,
     env: Mapping[str, object] | None,
+    folder: Path | None = None,
 ) -> Launch:
     around = sbatch_counts(script)
     found: list[tuple[Started, str]] = []
@@ -161,7 +169,8 @@ def _from_script(
         if candidate is None:
             continue
         try:
-            named = _framework_of(candidate.program.text, candidate.args, _overrides(candidate))
+            overrides = [*_beside(candidate, folder), *_overrides(candidate)]
+            named = _framework_of(candidate.program.text, candidate.args, overrides)
             found.append((candidate, framework or named))
         except LaunchError as error:
             if framework is not None and len(candidate.args) > 0:
@@ -232,6 +241,20 @@ def _overrides(candidate: Started) -> list[Override]:
     return found
 
 
+def _beside(candidate: Started, folder: Path | None) -> list[Override]:
+    """Return the settings of the Python program that stands beside a script, read as data."""
+    name = candidate.program.text
+    if folder is None or not name.endswith(".py") or candidate.program.unknown:
+        return []
+    path = folder / name
+    if len(name) > 255 or not path.is_file() or path.stat().st_size > MAX_BYTES:
+        return []
+    try:
+        return paths.from_python(read_text(path), path.name)
+    except DocumentError:
+        return []
+
+
 def _dotted_flag(word: Word, following: Word | None) -> Override:
     name, sign, value = word.text.removeprefix("--").partition("=")
     path = name.replace("-", "_")
@@ -285,7 +308,11 @@ def _read_overrides(
 ) -> Launch:
     module = import_module(f"meshwright.frameworks.{framework.replace('-', '_')}.read")
     known = [o for o in found if not o.unknown]
-    lost = [f"{o.origin}: {' '.join(o.unknown)} is not known" for o in found if o.unknown]
+    lost = [
+        f"{o.origin}: {' '.join(o.unknown)} is not known"
+        for o in found
+        if o.unknown and _MATTERS.search(o.path)
+    ]
     started_by = chosen.counts.total if chosen is not None else 0
     reading: Reading = module.read(
         known, chosen, gpus or started_by or None, {**environment, **(env or {})}
@@ -301,6 +328,7 @@ def _launch(
     env: Mapping[str, str],
     unread: Sequence[str],
 ) -> Launch:
+    _experts_of_name(reading)
     return Launch(
         framework=framework,
         settings=reading.settings,
@@ -312,6 +340,18 @@ def _launch(
         unread=tuple(dict.fromkeys((*reading.unread, *unread))),
         assumed=tuple(reading.assumed),
     )
+
+
+def _experts_of_name(reading: Reading) -> None:
+    """Add the number of experts of a model that is only named: a layout depends on it."""
+    name = reading.settings.get("model")
+    if name is None or "num_layers" in reading.settings:
+        return
+    model = find_model(str(name.value))
+    if model is not None and model.is_moe:
+        reading.settings.setdefault(
+            "num_moe_experts", Setting(value=model.num_experts, origin=f"model {model.name}")
+        )
 
 
 def _with_machine(launch: Launch, chosen: Started, script: Script) -> Launch:

@@ -227,7 +227,7 @@ def layout_words(x: Layout[int]) -> dict[str, Any]:
     words["sequence_parallel"] = bool(x.sp)
     words.update(_zero_words(x))
     words.update(recompute_words(x.recompute, x.recompute_num_layers))
-    if x.cp > 1:
+    if x.cp > 1 or x.cp_comm in (CpComm.all_gather, CpComm.a2a):
         words["cp_comm_type"] = CP_COMM_TEXT[CpComm(x.cp_comm)]
     if x.hierarchical_cp is not None:
         words["hierarchical_context_parallel_sizes"] = list(x.hierarchical_cp)
@@ -312,7 +312,7 @@ def job_of(words: Words, x: Layout[int] | None = None) -> Job:
         precision=precision(precision_of(words)),
         task=words.get("task") or "pretrain",
         lora_rank=number(words, "lora_rank", 16),
-        execution=execution if x is None else effective(execution, x),
+        execution=execution if x is None else effective(execution, x, _has_experts(words)),
     )
 
 
@@ -351,8 +351,15 @@ def _execution(words: Words) -> Execution:
     return Execution(**values)
 
 
-def effective(execution: Execution, x: Layout[int]) -> Execution:
-    """Return the switches with those at their default that do nothing in this layout."""
+def _has_experts(words: Words) -> bool:
+    return bool(words.get("num_moe_experts")) or words.get("num_layers") is None
+
+
+def effective(execution: Execution, x: Layout[int], moe: bool = True) -> Execution:
+    """Return the switches with those at their default that do nothing in this layout.
+
+    ``moe``: the model has experts.
+    """
     idle: list[str] = ["overlap_cp_comm", "forced_balance", "cross_entropy_in_fp32"]
     if x.zero == Zero.no_shard or x.dp * x.cp == 1:
         idle.append("overlap_param_gather")
@@ -364,6 +371,8 @@ def effective(execution: Execution, x: Layout[int]) -> Execution:
         idle.append("overlap_pp_comm")
     if x.ep == 1:
         idle += ["overlap_ep_comm", "dispatcher"]
+    if not moe:
+        idle += ["grouped_gemm", "shared_expert_overlap", "capacity_factor", "dispatcher"]
     default = Execution()
     return replace(execution, **{name: getattr(default, name) for name in idle})
 

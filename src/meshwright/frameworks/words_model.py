@@ -314,6 +314,7 @@ def _moe_words(facts: Decoder, moe: Moe | None) -> dict[str, Any]:
         words["moe_shared_expert_gate"] = True
     if moe.correction_bias:
         words["moe_router_enable_expert_bias"] = True
+        words["moe_router_score_function"] = "sigmoid"
     return words
 
 

@@ -109,6 +109,9 @@ def megatron_refusals(x: Layout[int], title: str) -> list[Finding]:
     if x.order not in (DEFAULT_ORDER, "tp-cp-ep-pp-dp"):
         rule = f"{title} lays ranks out as {DEFAULT_ORDER} or tp-cp-ep-pp-dp."
         found.append(refusal("layout.order", x.order, rule, f"Use order={DEFAULT_ORDER}."))
+    if x.zero == Zero.no_shard and x.dp_replicate > 1:
+        rule = f"{title} counts replicas of a sharded optimizer; this layout shards none."
+        found.append(refusal("layout.dp_replicate", x.dp_replicate, rule, "Use dp_replicate=1."))
     return found
 
 
@@ -131,7 +134,7 @@ def megatron_environment(target: Target) -> dict[str, str]:
 
 def zero_refusal(x: Layout[int], title: str, allowed: Sequence[Zero]) -> list[Finding]:
     """Return a refusal when the framework cannot shard data parallelism in this way."""
-    if Zero(x.zero) in allowed or x.dp * x.cp == 1:
+    if Zero(x.zero) in allowed:
         return []
     names = " or ".join(z.name for z in allowed)
     rule = f"{title} shards data parallelism as {names} only."

@@ -18,7 +18,7 @@ from meshwright.frameworks.written import (
     megatron_refusals,
     refusal,
 )
-from meshwright.parallel.layout import Zero
+from meshwright.parallel.layout import DEFAULT_ORDER, Zero
 
 _ELSEWHERE: Final = {
     "micro_batch_size": ("train.micro_batch_size",),
@@ -63,6 +63,10 @@ def unsupported(target: Target) -> list[Finding]:
     problem = unwritable(target.model)
     if problem is not None:
         found.append(refusal("model", target.model.name, problem.rule, problem.remedy))
+    x = target.layout
+    if x.zero > Zero.optim and x.order != DEFAULT_ORDER:
+        rule = f"{TITLE}'s Megatron-FSDP takes the default order of ranks only."
+        found.append(refusal("layout.order", x.order, rule, f"Use order={DEFAULT_ORDER}."))
     if target.job.precision.name not in RECIPES:
         rule = f"{TITLE} has no mixed precision recipe for it."
         remedy = "Use bf16, or one of the fp8 precisions."
@@ -110,6 +114,7 @@ def _overrides(words: dict[str, Any], target: Target) -> dict[str, Any]:
     if not target.model.is_moe:
         words = {w: v for w, v in words.items() if not w.startswith(("moe_", "expert_"))}
     found: dict[str, Any] = {}
+    words.setdefault("use_distributed_optimizer", False)
     for word, value in words.items():
         for path in _ELSEWHERE.get(word, (f"model.{word}",)):
             if _differs(path, value):
@@ -118,6 +123,10 @@ def _overrides(words: dict[str, Any], target: Target) -> dict[str, Any]:
 
 
 def _differs(path: str, value: Any) -> bool:
-    """Say whether a value must be written: degrees always, the rest where it is no default."""
+    """Say whether a value must be written: where it is no default, or where recipes have another.
+
+    Degrees and the distributed optimizer are what recipes set.
+    """
     known = settings().get(path)
-    return known is not None and (known.type == "int" or known.default != value)
+    by_recipes = known is not None and (known.type == "int" or "distributed_opt" in path)
+    return known is not None and (by_recipes or known.default != value)

@@ -101,8 +101,6 @@ def flag_words(target: Target) -> dict[str, Any]:
         words["max_position_embeddings"] = max(positions, target.job.seq_len)
     if not target.model.is_moe:
         words = {w: v for w, v in words.items() if not w.startswith(("moe_", "expert_"))}
-    if words.get("moe_router_enable_expert_bias"):
-        words["moe_router_score_function"] = "sigmoid"
     if words.get("use_megatron_fsdp"):
         words["ckpt_format"] = "fsdp_dtensor"
         words["gradient_accumulation_fusion"] = False

@@ -148,7 +148,8 @@ def _data_parallel(reading: Reading, known: Mapping[str, Override], facts: Facts
     shard, replicate = facts.whole(shard_path), facts.whole(replicate_path) or 1
     if shard is not None and shard < 1 and facts.dp is not None:
         shard = max(facts.dp // max(replicate, 1), 1)
-    sharded = shard is None or shard * facts.degree("context_parallel_size") > 1
+    whole = shard is not None and shard * facts.degree("context_parallel_size") == 1
+    sharded = not whole or replicate == 1
     reshard = f"{_P}.fsdp_reshard_after_forward"
     if sharded:
         never = facts[reshard] == "never" or (

@@ -35,7 +35,9 @@ def unsupported(target: Target) -> list[Finding]:
     x, job = target.layout, target.job
     found = absent(x, TITLE, _ABSENT)
     sharded = (Zero.optim_grads_params, Zero.optim_grads)
-    found += zero_refusal(x, TITLE, sharded if x.dp_replicate < x.dp * x.cp else (Zero.no_shard,))
+    found += zero_refusal(
+        x, TITLE, (Zero.no_shard,) if 1 < x.dp_replicate == x.dp * x.cp else sharded
+    )
     if x.dp % x.dp_replicate:
         rule = f"{TITLE} copies whole groups of data parallel ranks, of which there are {x.dp}."
         found.append(
@@ -54,10 +56,23 @@ def unsupported(target: Target) -> list[Finding]:
         found.append(
             refusal("layout.recompute", Recompute(x.recompute).name, rule, "Use none or full.")
         )
+    found += _model_refusals(target)
     found += _job_refusals(target)
     if not x.account_for_embedding and not x.account_for_loss and job.gbs % (x.mbs * x.dp):
         rule = f"{TITLE} splits a step into whole microbatches of mbs*dp = {x.mbs * x.dp}."
         found.append(refusal("job.gbs", job.gbs, rule, f"Use a multiple of {x.mbs * x.dp}."))
+    return found
+
+
+def _model_refusals(target: Target) -> list[Finding]:
+    x, model, found = target.layout, target.model, list[Finding]()
+    if model.num_kv_heads and model.num_kv_heads % x.tp:
+        rule = f"{TITLE} splits the {model.num_kv_heads} key-value heads without copies."
+        remedy = f"Use a divisor of {model.num_kv_heads}."
+        found.append(refusal("layout.tp", x.tp, rule, remedy))
+    if model.tie_word_embeddings and x.pp > 1:
+        rule = f"{TITLE} cannot tie embeddings over pipeline stages, as {model.name} does."
+        found.append(refusal("layout.pp", x.pp, rule, "Use pp=1."))
     return found
 
 
