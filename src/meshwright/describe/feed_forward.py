@@ -91,18 +91,19 @@ def _shared_experts(moe: Moe, h: int) -> list[Op]:
 
 
 def _latent(name: str, in_features: int, out_features: int) -> Op:
-    """Return a projection into or out of the latent space that the experts work in."""
+    """Return a projection into or out of the latent space that the experts work in.
+
+    The way in reads what the router keeps; the way out keeps its input.
+    """
     again = Recompute.moe | FULL
     kept = Saved(
-        name=f"{name}_input", elements=in_features, where="sp", dtype="matmul", dropped=again
+        name=f"{name}_input",
+        elements=in_features,
+        where="sp",
+        dtype="copy" if name == "latent_down" else "matmul",
+        dropped=again,
     )
-    return whole_linear(
-        name,
-        in_features,
-        out_features,
-        saved=(kept,) if name == "latent_up" else (),
-        rerun=again,
-    )
+    return whole_linear(name, in_features, out_features, saved=(kept,), rerun=again)
 
 
 def _experts(moe: Moe, width: int) -> list[Op]:

@@ -1,4 +1,4 @@
-"""The ops of softmax attention, latent attention, Mamba and the gated delta net."""
+"""The ops of mixers: softmax attention with grouped, latent or compressed keys and values."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from meshwright.describe.facts import (
     Mixer,
 )
 from meshwright.describe.model import Comm, Op, OpKind, Saved
+from meshwright.describe.recurrences import delta_net_ops, mamba_ops
 from meshwright.parallel.layout import Recompute
 
 
@@ -32,9 +33,9 @@ def mixer_ops(mixer: Mixer, hidden_size: int) -> list[Op]:
         case CompressedAttention():
             return _compressed_attention(mixer, hidden_size)
         case Mamba():
-            return _mamba(mixer, hidden_size)
+            return mamba_ops(mixer, hidden_size)
         case DeltaNet():
-            return _delta_net(mixer, hidden_size)
+            return delta_net_ops(mixer, hidden_size)
 
 
 def _core_attention(
@@ -313,107 +314,3 @@ def _up(a: LatentAttention, name: str, rank: int, compressed: int, out: int) -> 
         rerun=again,
     )
     return [first, up] if a.norms else [up]
-
-
-def _recurrence(
-    name: str,
-    *,
-    heads: int,
-    key_heads: int,
-    params: int,
-    conv: Op,
-    flops: float,
-    out: int,
-    state: int,
-    norm_params: int,
-) -> list[Op]:
-    """Return convolution, recurrence and gated norm, all divided by heads.
-
-    The fused kernel keeps its input (kept at the convolution) and its output, and computes the
-    states of its chunks again.
-    """
-    return [
-        conv,
-        Op(
-            name=name,
-            kind=OpKind.scan,
-            params=params,
-            holder="tp",
-            where="tp",
-            num_heads=heads,
-            num_kv_heads=key_heads,
-            scan_flops_per_token=flops,
-            moved_per_token=3 * out,
-            saved=(Saved(name=f"{name}_output", elements=out, where="tp"),),
-            comm=(Comm(kind="cp_state", elements=state),),
-            trained_in_16_bit=True,
-        ),
-        Op(
-            name=f"{name}_norm",
-            kind=OpKind.elementwise,
-            params=norm_params,
-            holder="tp" if norm_params == out else "all",
-            where="tp",
-            moved_per_token=3 * out,
-            backward_moved_per_token=5 * out,
-            saved=(Saved(name=f"{name}_proj_input", elements=out, where="tp", dtype="matmul"),),
-        ),
-    ]
-
-
-def _convolution(features: int, kernel: int, bias: bool, kept: int) -> Op:
-    """Return the causal depthwise convolution, which keeps what ``in_proj`` returned."""
-    return Op(
-        name="conv",
-        kind=OpKind.elementwise,
-        params=features * (kernel + bias),
-        holder="tp",
-        where="tp",
-        moved_per_token=2 * features,
-        backward_moved_per_token=3 * features,
-        saved=(Saved(name="in_proj_output", elements=kept, where="tp"),),
-    )
-
-
-def _mamba(m: Mamba, h: int) -> list[Op]:
-    inner = m.num_heads * m.head_dim
-    mixed = inner + 2 * m.num_groups * m.state_size
-    projected = inner + mixed + m.num_heads
-    kept = Saved(name="in_proj_input", elements=h, where="sp", dtype="matmul")
-    return [
-        column_linear("in_proj", h, projected, bias=m.bias, saved=(kept,)),
-        *_recurrence(
-            "scan",
-            heads=m.num_heads,
-            key_heads=m.num_groups,
-            params=3 * m.num_heads,
-            conv=_convolution(mixed, m.conv_kernel, m.conv_bias, projected),
-            flops=7.0 * inner * m.state_size,
-            out=inner,
-            state=projected,
-            norm_params=inner,
-        ),
-        row_linear("out_proj", inner, h),
-    ]
-
-
-def _delta_net(d: DeltaNet, h: int) -> list[Op]:
-    keys, values = d.num_key_heads * d.key_head_dim, d.num_value_heads * d.value_head_dim
-    mixed = 2 * keys + values
-    projected = mixed + values + 2 * d.num_value_heads
-    kept = Saved(name="in_proj_input", elements=h, where="sp", dtype="matmul")
-    return [
-        column_linear("in_proj", h, projected, saved=(kept,)),
-        *_recurrence(
-            "delta_rule",
-            heads=d.num_value_heads,
-            key_heads=d.num_key_heads,
-            params=2 * d.num_value_heads,
-            conv=_convolution(mixed, d.conv_kernel, False, projected),
-            flops=8.0 * d.num_value_heads * d.key_head_dim * d.value_head_dim,
-            out=values,
-            state=projected,
-            norm_params=d.value_head_dim,
-        ),
-        row_linear("out_proj", values, h),
-    ]

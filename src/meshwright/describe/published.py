@@ -16,8 +16,6 @@ from meshwright.describe.facts import (
     Attention,
     CompressedAttention,
     Decoder,
-    DeltaNet,
-    LatentAttention,
     Layer,
     Mamba,
     Mixer,
@@ -25,6 +23,7 @@ from meshwright.describe.facts import (
     Moe,
 )
 from meshwright.describe.model import Model
+from meshwright.describe.standard import compressed_attention, delta_net, latent_attention
 from meshwright.errors import ModelError
 
 PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
@@ -130,7 +129,7 @@ def _experts(config: Config) -> Moe:
 
 def _mixers(config: Config, count: int, gpt: bool) -> list[Mixer]:
     if config.given("kv_lora_rank"):
-        return [_latent_attention(config)] * count
+        return [latent_attention(config.with_defaults(attention_bias=False, q_lora_rank=0))] * count
     ratios = config.items("compress_ratios")
     if ratios is not None:
         if len(ratios) < count:
@@ -146,7 +145,7 @@ def _mixers(config: Config, count: int, gpt: bool) -> list[Mixer]:
         )
     if config.given("full_attention_interval"):
         every = config.size("full_attention_interval")
-        return [_delta_net(config) if (i + 1) % every else full for i in range(count)]
+        return [delta_net(config) if (i + 1) % every else full for i in range(count)]
     if not config.given("attention_layer_types"):
         return [full] * count
     types = config.nested("attention_layer_types")
@@ -170,48 +169,12 @@ def _attention(config: Config, bias: bool = False, *, window: int, rope: bool = 
     )
 
 
-def _latent_attention(config: Config) -> LatentAttention:
-    return LatentAttention(
-        num_heads=config.size("num_attention_heads"),
-        q_lora_rank=config.optional_size("q_lora_rank"),
-        kv_lora_rank=config.size("kv_lora_rank"),
-        qk_nope_head_dim=config.size("qk_nope_head_dim"),
-        qk_rope_head_dim=config.size("qk_rope_head_dim"),
-        v_head_dim=config.size("v_head_dim"),
-        index_heads=config.optional_size("index_n_heads"),
-        index_head_dim=config.optional_size("index_head_dim"),
-        index_topk=config.optional_size("index_topk"),
-    )
-
-
 def _compressed_attention(config: Config, ratio: Any) -> CompressedAttention:
     """Return one layer's attention; tokens compressed 1:4 are the ones that an indexer picks."""
     if ratio not in (0, 4, 128):
         rule = "A layer compresses 1:4, 1:128 or not at all (0)."
         raise ModelError(config.name("compress_ratios"), ratio, rule, "Use 0, 4 or 128.")
-    indexed = ratio == 4
-    return CompressedAttention(
-        num_heads=config.size("num_attention_heads"),
-        head_dim=config.size("head_dim"),
-        q_lora_rank=config.size("q_lora_rank"),
-        o_lora_rank=config.size("o_lora_rank"),
-        o_groups=config.size("o_groups"),
-        window=config.size("sliding_window"),
-        compress_ratio=ratio,
-        index_heads=config.size("index_n_heads") if indexed else 0,
-        index_head_dim=config.size("index_head_dim") if indexed else 0,
-        index_topk=config.size("index_topk") if indexed else 0,
-    )
-
-
-def _delta_net(config: Config) -> DeltaNet:
-    return DeltaNet(
-        num_value_heads=config.size("linear_num_value_heads"),
-        num_key_heads=config.size("linear_num_key_heads"),
-        key_head_dim=config.size("linear_key_head_dim"),
-        value_head_dim=config.size("linear_value_head_dim"),
-        conv_kernel=config.size("linear_conv_kernel_dim"),
-    )
+    return compressed_attention(config, ratio)
 
 
 def _hybrid_layers(config: Config, key: str) -> tuple[Layer, ...]:

@@ -8,6 +8,7 @@ from meshwright.describe.config import Config
 from meshwright.describe.decoder import build_decoder
 from meshwright.describe.facts import (
     Attention,
+    CompressedAttention,
     Decoder,
     DeltaNet,
     LatentAttention,
@@ -114,6 +115,23 @@ def latent_attention(config: Config) -> LatentAttention:
         index_heads=config.optional_size("index_n_heads"),
         index_head_dim=config.optional_size("index_head_dim"),
         index_topk=config.optional_size("index_topk"),
+    )
+
+
+def compressed_attention(config: Config, ratio: int) -> CompressedAttention:
+    """Return DeepSeek-V4's attention; an indexer picks among tokens compressed 1:4."""
+    indexed = ratio == 4
+    return CompressedAttention(
+        num_heads=config.size("num_attention_heads"),
+        head_dim=config.size("head_dim"),
+        q_lora_rank=config.size("q_lora_rank"),
+        o_lora_rank=config.size("o_lora_rank"),
+        o_groups=config.size("o_groups"),
+        window=config.size("sliding_window"),
+        compress_ratio=ratio,
+        index_heads=config.size("index_n_heads") if indexed else 0,
+        index_head_dim=config.size("index_head_dim") if indexed else 0,
+        index_topk=config.size("index_topk") if indexed else 0,
     )
 
 

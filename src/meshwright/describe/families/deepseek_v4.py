@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from meshwright.describe.config import Config
-from meshwright.describe.facts import CompressedAttention, Layer, Moe
+from meshwright.describe.facts import Layer, Moe
 from meshwright.describe.model import Model
-from meshwright.describe.standard import decoder
+from meshwright.describe.standard import compressed_attention, decoder
 
 SPARSE, HEAVY, WINDOW = (
     "compressed_sparse_attention",
     "heavily_compressed_attention",
     "sliding_attention",
 )
+RATIOS = {SPARSE: 4, HEAVY: 128, WINDOW: 0}
 
 
 def build(config: Config) -> Model:
@@ -48,31 +49,20 @@ def build(config: Config) -> Model:
         hashed = min(config.size("num_hash_layers", low=0), num_layers)
         routed = ["hash_moe"] * hashed + ["moe"] * (num_layers - hashed)
     layers = tuple(
-        Layer(mixer=_attention(config, word), ffn=_experts(config, hashed=kind == "hash_moe"))
+        Layer(
+            mixer=compressed_attention(config, RATIOS[word]),
+            ffn=_experts(config, hashed=kind == "hash_moe"),
+        )
         for word, kind in zip(words, routed, strict=True)
     )
-    ahead = Layer(mixer=_attention(config, WINDOW), ffn=_experts(config, hashed=False))
+    ahead = Layer(
+        mixer=compressed_attention(config, RATIOS[WINDOW]), ffn=_experts(config, hashed=False)
+    )
     return decoder(
         config,
         layers,
         residual_streams=config.size("hc_mult"),
         mtp=((ahead,),) * config.depths(),
-    )
-
-
-def _attention(config: Config, word: str) -> CompressedAttention:
-    indexed = word == SPARSE
-    return CompressedAttention(
-        num_heads=config.size("num_attention_heads"),
-        head_dim=config.size("head_dim"),
-        q_lora_rank=config.size("q_lora_rank"),
-        o_lora_rank=config.size("o_lora_rank"),
-        o_groups=config.size("o_groups"),
-        window=config.size("sliding_window"),
-        compress_ratio={SPARSE: 4, HEAVY: 128, WINDOW: 0}[word],
-        index_heads=config.size("index_n_heads") if indexed else 0,
-        index_head_dim=config.size("index_head_dim") if indexed else 0,
-        index_topk=config.size("index_topk") if indexed else 0,
     )
 
 

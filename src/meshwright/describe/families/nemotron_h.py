@@ -53,6 +53,8 @@ def build(config: Config) -> Model:
     if not order:
         order = ["mamba", "moe", "attention", "mlp"]
         config.assumed.append("layers_block_type = mamba, moe, attention, mlp (left out)")
+    if config.given("num_hidden_layers") and config.layers() != len(order):
+        config.assumed.append(f"num_hidden_layers = {len(order)} (as many as the pattern has)")
     layers = {word: _layer(config, word) for word in {*order, *(ahead if depths else ())}}
     return decoder(
         config,
