@@ -63,7 +63,8 @@ def column_values(t: Table) -> Iterator[tuple[str, Floats]]:
     yield "peak_bytes", found.peak_bytes
     yield "bound_s", found.bound_s
     yield "simulated_step_s", simulated_step_s(t)
-    yield from memory_columns(t).items()
+    for term, values in memory_columns(t).items():
+        yield f"fullest rank: {term}", values
 
 
 def memory_columns(t: Table) -> dict[str, Floats]:

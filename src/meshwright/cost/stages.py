@@ -6,13 +6,14 @@ rows that share them. [S] are virtual stages in model order, [P] pipeline ranks,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from meshwright.cost.columns import Floats
+from meshwright.cost.columns import Floats, Index
 from meshwright.describe.model import Model
+from meshwright.parallel.actions import schedule_module
 from meshwright.parallel.layout import Pipeline
 from meshwright.parallel.pipeline import bound_coefficients, held_microbatches
 from meshwright.parallel.placement import Placement, place
@@ -115,7 +116,59 @@ def stages(facts: LayerFacts, key: PipelineKey, every_rank: bool = False) -> Sta
 
     Raises ``LayoutError`` when the layers cannot be placed.
     """
-    kind = Pipeline(key.schedule)
+    kind, m, group = Pipeline(key.schedule), key.num_microbatches, key.microbatch_group_size
+    layers = _layers(facts, replace(key, num_microbatches=0, microbatch_group_size=0))
+    # More micro-batches than these are never held, so their number does not matter beyond.
+    enough = schedule_module(kind).enough_microbatches(key.pp, key.vpp, m, group)
+    held = _held(facts, replace(key, num_microbatches=enough), every_rank)
+    fwd, bwd, p2p = bound_coefficients(kind, key.pp, key.vpp, m)
+    lines = np.concatenate(
+        [
+            np.einsum("rs,sk->rk", fwd, layers.runs),
+            np.einsum("rs,sk->rk", bwd, layers.reruns),
+            np.einsum("rs,sk->rk", bwd, layers.runs),
+            p2p[:, None],
+        ],
+        axis=1,
+    )
+    lines = lines[_maximal(lines)]
+    k = facts.num_kinds
+    return Stages(
+        placement=layers.placement,
+        runs=layers.runs,
+        reruns=layers.reruns,
+        own=layers.own,
+        own_reruns=layers.own_reruns,
+        params=layers.params,
+        held=held.held,
+        held_whole=held.held_whole,
+        alive=held.alive,
+        held_params=layers.params[list(held.rank)],
+        present=(layers.own[list(held.rank)] > 0).astype(np.float64),
+        candidate_rank=held.rank,
+        dp_ranks=layers.dp_ranks,
+        bound_forward=lines[:, :k],
+        bound_reruns=lines[:, k : 2 * k],
+        bound_backward=lines[:, 2 * k : 3 * k],
+        bound_p2p=lines[:, 3 * k],
+    )
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The part of ``Stages`` that no number of micro-batches changes."""
+
+    placement: Placement
+    runs: Floats
+    reruns: Floats
+    own: Floats
+    own_reruns: Floats
+    params: Floats
+    dp_ranks: tuple[int, ...]
+
+
+@lru_cache(maxsize=2048)
+def _layers(facts: LayerFacts, key: PipelineKey) -> _Layers:
     placement = place(
         len(facts.pattern),
         key.pp,
@@ -126,64 +179,61 @@ def stages(facts: LayerFacts, key: PipelineKey, every_rank: bool = False) -> Sta
         account_for_loss=bool(key.account_for_loss),
         pipeline_layout=key.pipeline_layout,
         mtp=facts.num_mtp,
-        schedule=kind,
+        schedule=Pipeline(key.schedule),
     )
-    runs = _runs(facts, placement)
     rank = np.asarray(placement.rank_of_stage)
-    chunk = np.asarray(placement.chunk_of_stage)
+    runs = _runs(facts, placement)
     reruns = _reruns(facts, runs, key)
     params = _params(facts, placement, runs, key.pp)
-    held_rows = held_microbatches(
-        kind, key.pp, key.vpp, key.num_microbatches, key.microbatch_group_size
-    )
-    combos = [(r, combo) for r, rows in enumerate(held_rows) for combo in rows]
-    held = np.zeros((len(combos), facts.num_kinds))
-    held_whole, alive = np.zeros_like(held), np.zeros_like(held)
-    inputs = _kept_inputs(facts, runs, reruns, key)
-    for q, (r, combo) in enumerate(combos):
-        on_rank = np.flatnonzero(rank == r)
-        times = np.asarray(combo, dtype=np.float64)[chunk[on_rank]]
-        held[q] = np.einsum("s,sk->k", times, inputs[on_rank])
-        held_whole[q] = np.einsum("s,sk->k", times, (runs - reruns)[on_rank])
-        alive[q] = _alive(facts, reruns[on_rank], key)
-    at = [r for r, _ in combos]
-    present = (_by_rank(runs, rank, key.pp)[at] > 0).astype(np.float64)
-    everything = np.concatenate([held, held_whole, alive, params[at], present], axis=1)
-    keep = list(range(len(combos))) if every_rank else _maximal(everything)
-    fwd, bwd, p2p = bound_coefficients(kind, key.pp, key.vpp, key.num_microbatches)
-    lines = np.concatenate(
-        [
-            np.einsum("rs,sk->rk", fwd, runs),
-            np.einsum("rs,sk->rk", bwd, reruns),
-            np.einsum("rs,sk->rk", bwd, runs),
-            p2p[:, None],
-        ],
-        axis=1,
-    )
-    lines = lines[_maximal(lines)]
-    k = facts.num_kinds
     own, own_reruns = _by_rank(runs, rank, key.pp), _by_rank(reruns, rank, key.pp)
     # Of ranks with equal work, the one with more weights to send is never faster.
     slow = _maximal(np.concatenate([params, own, -own, own_reruns, -own_reruns], axis=1))
-    return Stages(
-        placement=placement,
-        runs=runs,
-        reruns=reruns,
-        own=own,
-        own_reruns=own_reruns,
-        params=params,
-        held=held[keep],
-        held_whole=held_whole[keep],
-        alive=alive[keep],
-        held_params=params[at][keep],
-        present=present[keep],
-        candidate_rank=tuple(at[q] for q in keep),
-        dp_ranks=tuple(slow),
-        bound_forward=lines[:, :k],
-        bound_reruns=lines[:, k : 2 * k],
-        bound_backward=lines[:, 2 * k : 3 * k],
-        bound_p2p=lines[:, 3 * k],
+    return _Layers(placement, runs, reruns, own, own_reruns, params, tuple(slow))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The memory candidates of ``Stages``."""
+
+    held: Floats
+    held_whole: Floats
+    alive: Floats
+    rank: tuple[int, ...]
+
+
+@lru_cache(maxsize=2048)
+def _held(facts: LayerFacts, key: PipelineKey, every_rank: bool) -> _Held:
+    layers = _layers(facts, replace(key, num_microbatches=0, microbatch_group_size=0))
+    by_rank = held_microbatches(
+        Pipeline(key.schedule),
+        key.pp,
+        key.vpp,
+        key.num_microbatches,
+        key.microbatch_group_size,
     )
+    rank_of = np.repeat(np.arange(key.pp), [len(rows) for rows in by_rank])
+    times = np.concatenate(by_rank).astype(np.float64)
+    at = (np.asarray(layers.placement.rank_of_stage), np.asarray(layers.placement.chunk_of_stage))
+    inputs = _kept_inputs(facts, layers.runs, layers.reruns, key)
+    held = np.einsum("qv,qvk->qk", times, _by_chunk(inputs, at, key)[rank_of])
+    whole = _by_chunk(layers.runs - layers.reruns, at, key)
+    held_whole = np.einsum("qv,qvk->qk", times, whole[rank_of])
+    alive = _alive(facts, _by_chunk(layers.reruns, at, key).max(axis=1), key)[rank_of]
+    if every_rank:
+        return _Held(held, held_whole, alive, tuple(rank_of.tolist()))
+    present = (layers.own > 0).astype(np.float64)
+    weighs = np.concatenate(
+        [held, held_whole, alive, layers.params[rank_of], present[rank_of]], axis=1
+    )
+    keep = _maximal(weighs)
+    return _Held(held[keep], held_whole[keep], alive[keep], tuple(rank_of[keep].tolist()))
+
+
+def _by_chunk(counts: Floats, at: tuple[Index, Index], key: PipelineKey) -> Floats:
+    """Return counts [S, K] of virtual stages by rank and chunk, [P, vpp, K]."""
+    out = np.zeros((key.pp, key.vpp, counts.shape[1]))
+    out[at] = counts
+    return out
 
 
 def _runs(facts: LayerFacts, placement: Placement) -> Floats:
@@ -206,11 +256,10 @@ def _runs(facts: LayerFacts, placement: Placement) -> Floats:
 
 
 def _params(facts: LayerFacts, placement: Placement, runs: Floats, pp: int) -> Floats:
-    held = np.minimum(runs, np.inf)
     embedding, head = facts.num_layer_kinds, facts.num_layer_kinds + 1
     # Shared weights are held once a rank, however often they run.
     rank = np.asarray(placement.rank_of_stage)
-    params = _by_rank(held, rank, pp)
+    params = _by_rank(runs, rank, pp)
     for shared in (embedding, head):
         params[:, shared] = np.minimum(params[:, shared], 1.0)
     loss_rank = placement.rank_of_stage[placement.loss_stage]
@@ -243,17 +292,17 @@ def _kept_inputs(facts: LayerFacts, runs: Floats, reruns: Floats, key: PipelineK
     return inputs
 
 
-def _alive(facts: LayerFacts, reruns: Floats, key: PipelineKey) -> Floats:
-    """Return how many layers of each kind are whole at once while they are run again.
+def _alive(facts: LayerFacts, most: Floats, key: PipelineKey) -> Floats:
+    """Return how many layers of each kind [P, K] are whole at once while they are run again.
 
-    One, or a group of N; kinds take turns.
+    One, or a group of N; kinds take turns. ``most`` [P, K] are those of a rank's largest chunk.
     """
     together = 1.0 if key.recompute_block else float(max(key.recompute_num_layers, 1))
-    most = reruns.max(axis=0)
     alive = (most > 0).astype(np.float64)
     if together > 1.0:
-        layers = most[: facts.num_layer_kinds]
-        alive[int(np.argmax(layers))] = min(together, float(layers.sum()))
+        layers = most[:, : facts.num_layer_kinds]
+        rows = np.arange(len(alive))
+        alive[rows, layers.argmax(axis=1)] = np.minimum(together, layers.sum(axis=1))
     return alive
 
 
