@@ -33,6 +33,7 @@ __all__ = [
     "Model",
     "Plan",
     "Plans",
+    "check_output",
     "estimate",
     "explain",
     "job",
@@ -300,6 +301,11 @@ def verify(
     from meshwright.runtime.shape import shape_of
 
     return verified(layout, shape_of(load_model(model)), dtype, timeout_s)
+
+
+def check_output(path: str) -> None:
+    """Raise ``DocumentError`` unless a plan may be written at ``path``."""
+    plan_document.check_writable(Path(path))
 
 
 LISTS = ("gpus", "models", "checks", "schedules", "frameworks", "terms")

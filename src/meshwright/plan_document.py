@@ -56,11 +56,25 @@ def to_toml(plan: Plan, *, model_text: str, cluster_text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def check_writable(path: Path) -> None:
+    """Raise ``DocumentError`` unless a file may be written at ``path``; nothing is written."""
+    if path.is_dir():
+        rule = "It is a folder."
+    elif not path.parent.is_dir():
+        rule = f"There is no folder {path.parent}."
+    elif not os.access(path.parent, os.W_OK):
+        rule = f"The folder {path.parent} cannot be written to."
+    else:
+        return
+    raise DocumentError("output", str(path), rule, "Choose another path.")
+
+
 def save(plan: Plan, path: Path, *, model_text: str, cluster_text: str) -> None:
     """Write the document, whole or not at all.
 
     Raises ``DocumentError`` when the folder is missing or cannot be written.
     """
+    check_writable(path)
     text = to_toml(plan, model_text=model_text, cluster_text=cluster_text)
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -72,6 +72,8 @@ def plan(
     from meshwright.cli.show import print_json, progress_bar, show_plans
 
     m, c, j = _inputs(model, cluster, seq_len, global_batch_size, precision, task)
+    if output is not None:
+        api.check_output(output)
     with progress_bar() as progress:
         plans = api.plan(
             m,
