@@ -136,7 +136,8 @@ def dp_comm_s(
     ``*_params`` are the trained weights of the rank, ``forward_s``/``backward_s`` its seconds per
     micro-batch. Gradients are reduced during the last backward, weights gathered during the first
     forward; what the overlap switch hides is at most ``dp_hidden_fraction`` of that compute.
-    ZeRO-3 gathers weights in every forward and backward and reduces in every backward.
+    ZeRO-2 and ZeRO-3 keep shards of gradients only, so they reduce in every backward; ZeRO-3 also
+    gathers weights in every forward and backward.
     What is hidden still takes multiprocessors and memory bandwidth from the compute beside it, and
     a step ends with the slowest of all nodes: both count here, where ranks wait for each other.
     Ref: arXiv:1910.02054, section 7; Megatron-LM, distributed optimizer documentation.
@@ -161,13 +162,12 @@ def dp_comm_s(
     # An all-reduce (nothing sharded) is a reduce-scatter and a gather of gradients.
     reduce_once = np.where(dp.zero == Zero.no_shard, 2.0 * reduce, reduce)
     gather_once = np.where(dp.zero == Zero.no_shard, 0.0, gather)
-    once = _exposed_s(reduce_once, hide_reduce * backward_s, factors) + _exposed_s(
-        gather_once, hide_gather * forward_s, factors
-    )
-    per_microbatch = _exposed_s(gather, hide_gather * forward_s, factors) + _exposed_s(
-        gather + reduce, hide_reduce * backward_s, factors
-    )
-    exposed = np.where(is_full, num_microbatches * per_microbatch, once)
+    # Sharded gradients have no whole buffer to add micro-batches up in: each one is reduced.
+    reductions = np.where(dp.zero >= Zero.optim_grads, num_microbatches, 1)
+    gathers = np.where(is_full, num_microbatches, 1)
+    in_backward = np.where(is_full, gather, 0.0) + reduce_once
+    exposed = reductions * _exposed_s(in_backward, hide_reduce * backward_s, factors)
+    exposed += gathers * _exposed_s(gather_once, hide_gather * forward_s, factors)
     work = num_microbatches * (forward_s + backward_s)
     return exposed + factors.straggler_fraction * dp.doublings * work
 
