@@ -18,7 +18,7 @@ def accuracy(
     models: Annotated[Path, typer.Option("--models", help="The models that the runs name (JSON).")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Predict every run of a file from its settings and compare with what was measured."""
+    """Compare predictions with the measured runs of a file."""
     import json
 
     from meshwright.errors import MeshwrightError

@@ -115,7 +115,7 @@ def estimate(
     task: TaskName = "pretrain",
     json: AsJson = False,
 ) -> None:
-    """Price one layout: step time, tokens/s, MFU, memory of every pipeline stage."""
+    """Price one layout: step time, MFU, memory of every stage."""
     from meshwright import api
     from meshwright.cli.show import print_json, show_plan
 
@@ -152,7 +152,7 @@ def explain(
     task: TaskName = "pretrain",
     json: AsJson = False,
 ) -> None:
-    """Show where every number comes from: value, formula, source, what it leaves out."""
+    """Show where numbers come from, or why not another layout."""
     from meshwright import api
     from meshwright.cli.show import print_json, show_explanation, show_why_not
 
@@ -170,7 +170,7 @@ def ranks(
     layout: LayoutText = "",
     json: AsJson = False,
 ) -> None:
-    """Print the process groups of a layout, in Megatron's order of groups and ranks."""
+    """Print the process groups of a layout."""
     from meshwright import api
     from meshwright.cli.show import print_json, show_groups
 

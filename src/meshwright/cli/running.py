@@ -25,7 +25,7 @@ def verify(
     ] = 120.0,
     json: AsJson = False,
 ) -> None:
-    """Run a layout on local processes and compare it with one process."""
+    """Run a layout on local processes and prove it equal to one."""
     from meshwright import api
     from meshwright.cli.show import print_json, show_verified
 
