@@ -20,7 +20,9 @@ from meshwright.cost.comm import (
     ring_step_s,
 )
 from meshwright.cost.compute import (
+    ATTENTION_BACKWARD_FLOPS,
     Speeds,
+    attention_backward_s,
     attention_s,
     grouped_matmul_s,
     matmul_s,
@@ -90,7 +92,7 @@ def block_seconds(block: Block, p: Pricing) -> BlockSeconds:
         backward[:, COMPUTE] += dgrad + wgrad
         weight_grad += wgrad
         again = (p.slice.recompute & int(op.rerun)) != 0
-        backward[:, RECOMPUTE] += np.where(again, fwd, 0.0)
+        backward[:, RECOMPUTE] += np.where(again, fwd, _rerun_share(op, p) * fwd)
         for comm in op.comm:
             kind, comm_fwd, comm_bwd = comm_seconds(comm, fwd, p)
             forward[:, kind] += comm_fwd
@@ -99,6 +101,19 @@ def block_seconds(block: Block, p: Pricing) -> BlockSeconds:
     if p.job.execution.cuda_graphs == "none":
         _wait_for_host(block, p, forward, backward)
     return BlockSeconds(forward, backward, weight_grad)
+
+
+def _rerun_share(op: Op, p: Pricing) -> float:
+    """Return the share of an op that checkpointing by op runs again: every second product."""
+    if not p.job.execution.recompute_every_second_matmul or op.vocab:
+        return 0.0
+    match op.kind:
+        case OpKind.matmul:
+            return 0.5 if op.split == "out" else float(op.name == "proj")
+        case OpKind.elementwise:
+            return 1.0
+        case _:
+            return 0.0
 
 
 def _wait_for_host(block: Block, p: Pricing, forward: Floats, backward: Floats) -> None:
@@ -116,11 +131,22 @@ def _wait_for_host(block: Block, p: Pricing, forward: Floats, backward: Floats) 
 
 
 def _launches(op: Op, p: Pricing) -> float:
-    """Return how many kernels an op launches: one, with quantisation or unfused work more."""
-    if op.kind in (OpKind.matmul, OpKind.grouped_matmul):
-        quantised = not op.trained_in_16_bit and p.job.precision.quantise_bytes_per_element > 0
+    """Return how many kernels an op launches: with quantisation, routing or unfused work more."""
+    if op.kind in (OpKind.matmul, OpKind.grouped_matmul) and op.name != "router":
+        quantised = not _is_16_bit(op, p) and p.job.precision.quantise_bytes_per_element > 0
         return 2.5 if quantised else 1.0
-    return 1.0 if p.job.execution.fused_kernels else p.factors.unfused_traffic
+    once = _ROUTING_LAUNCHES.get(op.name, 1.0)
+    return once if _is_fused(op, p) else once * p.factors.unfused_traffic
+
+
+_ROUTING_LAUNCHES = {"router": 6.0, "dispatch": 6.0, "combine": 4.0}
+"""Kernels of top-k, probabilities and maps; of sorting, sending and their bookkeeping."""
+
+
+def _is_fused(op: Op, p: Pricing) -> bool:
+    if op.name in ("dispatch", "combine"):
+        return p.job.execution.fused_permute
+    return p.job.execution.fused_kernels
 
 
 _MODULES = {
@@ -158,7 +184,7 @@ def op_seconds(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
 
 
 def _stream(op: Op, moved_per_token: float, p: Pricing) -> Floats:
-    if not p.job.execution.fused_kernels:
+    if not _is_fused(op, p):
         moved_per_token = moved_per_token * p.factors.unfused_traffic
     tokens = p.slice.op_tokens(op.where) / p.slice.feature_divisor(op.where)
     return stream_s(moved_per_token * tokens * p.job.precision.act_bytes, p.at)
@@ -179,6 +205,7 @@ def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     flops_per_s, width = _matmul_precision(op, p)
     flops_per_s *= p.at.grouped_fraction
     if not p.job.execution.grouped_gemm:
+        flops_per_s *= p.factors.sequential_experts_fraction
         launches = (experts - 1.0) * (p.at.kernel_s + p.factors.host_op_s)
     else:
         launches = np.zeros_like(m)
@@ -187,7 +214,8 @@ def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     wgrad = launches + grouped_matmul_s(
         experts, m, k, n, flops_per_s, width, p.at, _gradient_bytes(p)
     )
-    added = _stream_s(2.0 * m * n * _has_bias(op), p)
+    # Biases of experts are added, and their gradients summed, by kernels of their own.
+    added = _stream_s(2.0 * m * n * _has_bias(op) * p.factors.unfused_traffic, p)
     fwd = fwd + _quantise_s(op, m * k, p) + added
     dgrad = dgrad + _quantise_s(op, m * n, p) + added
     fullest = _fullest(p)
@@ -233,13 +261,17 @@ def _sides(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
 
 
 def _matmul_precision(op: Op, p: Pricing) -> tuple[float, float]:
-    if op.trained_in_16_bit:
+    if _is_16_bit(op, p):
         return p.at.matmul_16_bit_flops_per_s, p.job.precision.act_bytes
     return p.at.matmul_flops_per_s, p.job.precision.matmul_input_bytes
 
 
+def _is_16_bit(op: Op, p: Pricing) -> bool:
+    return op.trained_in_16_bit and (not op.vocab or p.job.precision.head_in_16_bit)
+
+
 def _quantise_s(op: Op, elements: Floats, p: Pricing) -> Floats:
-    per_element = 0.0 if op.trained_in_16_bit else p.job.precision.quantise_bytes_per_element
+    per_element = 0.0 if _is_16_bit(op, p) else p.job.precision.quantise_bytes_per_element
     return elements * per_element / p.at.hbm_bytes_per_s
 
 
@@ -252,7 +284,7 @@ def _attention_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     context = np.full_like(p.slice.tokens, mean_context(seq_len, op.window, op.causal))
     heads = op.num_heads / p.slice.tp
     fwd = attention_s(p.slice.tokens, heads, context, op.qk_head_dim + op.v_head_dim, p.at)
-    bwd = fwd * p.at.attention_backward_ratio
+    bwd = attention_backward_s(p.slice.tokens, heads, context, op.qk_head_dim + op.v_head_dim, p.at)
     if not p.job.execution.flash_attention:
         return _unfused_attention(op, heads, p)
     return fwd, bwd, np.zeros_like(fwd)
@@ -295,6 +327,10 @@ def comm_seconds(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[int, Floats,
 
 
 def tensor_parallel_s(comm: Comm, p: Pricing) -> tuple[Floats, Floats]:
+    """Seconds (forward, backward) of entering or leaving a tensor-parallel region, nothing hidden.
+
+    Ref: Korthikanti et al., arXiv:2205.05198, section 4.2; Megatron-LM, ``tensor_parallel``.
+    """
     s = p.slice
     width = p.job.precision.act_bytes
     size = comm.elements * s.tokens * width
@@ -310,6 +346,7 @@ def tensor_parallel_s(comm: Comm, p: Pricing) -> tuple[Floats, Floats]:
 
 
 def expert_parallel_s(comm: Comm, p: Pricing) -> Floats:
+    """Seconds of one dispatch or combine, by dispatcher. Ref: ``comm.dispatch_s``; Megatron-LM."""
     s = p.slice
     width = p.job.precision.act_bytes
     local = comm.elements * s.routed_tokens / s.etp * width
@@ -325,10 +362,14 @@ def expert_parallel_s(comm: Comm, p: Pricing) -> Floats:
 
 
 def context_parallel_s(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[Floats, Floats]:
+    """Exposed seconds (forward, backward) of passing keys and values, heads or states around.
+
+    Ref: Liu et al., arXiv:2310.01889 (ring); Jacobs et al., arXiv:2309.14509 (heads).
+    """
     s = p.slice
     local = comm.elements * s.tokens / s.tp * p.job.precision.act_bytes
     hidden = p.factors.cp_hidden_fraction * float(p.job.execution.overlap_cp_comm)
-    ratio = p.at.attention_backward_ratio
+    ratio = ATTENTION_BACKWARD_FLOPS
     if comm.kind == "cp_state":
         step = ring_step_s(local, s.spans.cp, p.net)
         return step, step

@@ -20,6 +20,9 @@ from meshwright.describe.job import Execution, Precision
 EXPONENTIALS_PER_SM_PER_S = 16 * 1.75e9
 """The special-function units of a multiprocessor: 16 a clock (32 from compute capability 10.3)."""
 
+ATTENTION_BACKWARD_FLOPS = 2.5
+"""Products of flash attention backward over those forward: five for two."""
+
 ATTENTION_TILE = 128
 """Tokens of a tile of flash attention; the tiles on the diagonal are computed whole."""
 
@@ -32,7 +35,7 @@ class Speeds:
     matmul_16_bit_flops_per_s: float
     attention_flops_per_s: float
     exponentials_per_s: float
-    attention_backward_ratio: float
+    attention_backward_flops_per_s: float
     grouped_fraction: float
     grouped_16_bit_fraction: float
     scan_flops_per_s: float
@@ -63,7 +66,9 @@ def speeds(gpu: Gpu, precision: Precision, execution: Execution, factors: Factor
         * EXPONENTIALS_PER_SM_PER_S
         * clock
         / factors.softmax_share,
-        attention_backward_ratio=most_specific(factors.attention_backward_ratio, kind, kernel, 2.5),
+        attention_backward_flops_per_s=peak[wide]
+        * most_specific(factors.attention_backward_fraction, kind, kernel, 0.5)
+        * clock,
         grouped_fraction=most_specific(factors.grouped_matmul_fraction, kind, matmul, 0.85),
         grouped_16_bit_fraction=most_specific(factors.grouped_matmul_fraction, kind, wide, 0.85),
         scan_flops_per_s=peak[wide] * factors.scan_fraction * clock,
@@ -82,13 +87,15 @@ def power_fraction(gpu: Gpu, execution: Execution, factors: Factors) -> float:
     """Return the clock under load, relative to the family's usual card.
 
     (W per peak FLOP/s / that of the usual card) ** ``power_exponent``: matmuls run into the power
-    limit long before their peak. Ref: torchtitan, docs/performance.md (500 W cards). Left out:
-    cooling, and that light kernels do not reach the limit.
+    limit long before their peak. ``clock_fraction`` corrects cards that were measured.
+    Ref: torchtitan, docs/performance.md (500 W cards). Left out: cooling, and that light kernels
+    do not reach the limit.
     """
     family = (gpu.architecture.lower().split() or [""])[0]
     usual = _WATTS_PER_PEAK.get(family)
     peak = gpu.peak_flops_per_s.get("bf16", 0.0)
     boost = 1.0 + factors.power_boost_fraction * float(execution.power_boost)
+    boost *= factors.clock_fraction.get(gpu.name, 1.0)
     if usual is None or not peak or not gpu.power_w:
         return boost
     return boost * (gpu.power_w / peak / usual) ** factors.power_exponent
@@ -165,6 +172,19 @@ def attention_s(
     pairs = tokens * heads * context
     per_pair = 2.0 * head_dims / at.attention_flops_per_s + 1.0 / at.exponentials_per_s
     return pairs * per_pair + at.kernel_s
+
+
+def attention_backward_s(
+    tokens: Floats, heads: Floats, context: Floats, head_dims: float, at: Speeds
+) -> Floats:
+    """Seconds of flash attention backward: as forward, with 5/2 of its products.
+
+    Scores are computed again, so every pair takes its exponential once more. It runs in 16 bit
+    whatever the forward does. Ref: Dao, arXiv:2307.08691, section 3.
+    """
+    pairs = tokens * heads * context
+    products = ATTENTION_BACKWARD_FLOPS * 2.0 * head_dims / at.attention_backward_flops_per_s
+    return pairs * (products + 1.0 / at.exponentials_per_s) + at.kernel_s
 
 
 def stream_s(moved_bytes: Floats, at: Speeds) -> Floats:

@@ -18,17 +18,20 @@ from typing import Any
 class Factors:
     """Fractions of peak, latencies in seconds and bytes that software holds.
 
-    Kernels. ``matmul_fraction`` and ``attention_fraction``: share of the datasheet's dense peak
-    that a large matmul, or the matmuls of flash attention, reach; keys are ``architecture`` or
-    ``architecture.dtype`` (matmuls), ``architecture`` or ``architecture.flash2`` (attention
-    outside the vendor's library). ``half_rows``: rows of a matmul at which it reaches half its
-    speed (tile and wave quantisation), ``grouped_half_rows`` those of one expert.
-    ``softmax_share``: exponentials that attention does not hide behind its matmuls.
-    ``hbm_fraction``: share of HBM bandwidth of streaming kernels; ``unfused_traffic``: times the
-    traffic of fused kernels that separate ones need. ``imbalance_fraction``: for each doubling of
-    the expert-parallel ranks, how much the fullest gets beyond the mean where the router is not
-    forced to balance. ``power_exponent``: how speed falls with the power limit per peak FLOP/s.
-    ``power_boost_fraction``: what ``vboost`` adds.
+    Kernels. ``matmul_fraction``, ``attention_fraction`` and ``attention_backward_fraction``:
+    share of the datasheet's dense peak that a large matmul, or the matmuls of flash attention,
+    reach; keys are ``architecture`` or ``architecture.dtype`` (matmuls), ``architecture`` or
+    ``architecture.flash2`` (attention outside the vendor's library). ``half_rows``: rows of a
+    matmul at which it reaches half its speed (tile and wave quantisation),
+    ``grouped_half_rows`` those of one expert. ``softmax_share``: exponentials that attention
+    does not hide behind its matmuls. ``hbm_fraction``: share of HBM bandwidth of streaming
+    kernels; ``unfused_traffic``: times the traffic of fused kernels that separate ones need.
+    ``imbalance_fraction``: for each doubling of the expert-parallel ranks, how much the fullest
+    gets beyond the mean where the router is not forced to balance. ``power_exponent``: how
+    speed falls with the power limit per peak FLOP/s. ``clock_fraction``: the clock that a card
+    holds over what that law expects of it. ``power_boost_fraction``: what ``vboost`` adds.
+    ``sequential_experts_fraction``: speed of experts that run one after the other, over that of
+    a grouped product.
     Links. ``link_fraction``, ``pcie_fraction``, ``network_fraction``: share of NVLink, of PCIe
     between GPUs and of network bandwidth that collectives reach; ``all_to_all_fraction`` the same
     for all-to-alls, ``dispatch_fraction`` for the kernels of DeepEP and HybridEP.
@@ -45,8 +48,10 @@ class Factors:
 
     matmul_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
     attention_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
-    attention_backward_ratio: Mapping[str, float] = field(default_factory=dict[str, float])
+    attention_backward_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
     grouped_matmul_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
+    sequential_experts_fraction: float = 0.85
+    clock_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
     softmax_share: float = 0.3
     scan_fraction: float = 0.15
     hbm_fraction: float = 0.8

@@ -110,6 +110,8 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
         for saved in saved_tensors(op, p):
             size = p.slice.elements(saved) * element_bytes(saved, p)
             selective = int(saved.dropped & ~Recompute.full & ~Recompute.block)
+            if p.job.execution.recompute_every_second_matmul and block.hidden_inputs:
+                size = size * _KEPT_BY_OP.get(saved.name, 0.0)
             op_bytes += np.where((p.slice.recompute & selective) != 0, 0.0, size)
         whole += op_bytes
         if op.kind is OpKind.cross_entropy:
@@ -121,6 +123,14 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
     recomputable = any(op.kind is OpKind.cross_entropy for op in block.ops) is False
     kept = np.where(is_full & recomputable, boundary, whole)
     return BlockBytes(kept, whole, logits, working, placeholders)
+
+
+_KEPT_BY_OP = {
+    **{"q_k_v": 5 / 6, "attention_output": 1.0, "softmax_lse": 1.0, "fc1_output": 0.5},
+    "attention_norm_input": 2.0,
+}
+"""What torchtitan's checkpointing by op keeps: outputs of attention and of every second product
+(query, value, one of the two of a gated MLP, and its last), and the layer's input."""
 
 
 def saved_tensors(op: Op, p: Pricing) -> tuple[Saved, ...]:
@@ -141,7 +151,7 @@ def saved_tensors(op: Op, p: Pricing) -> tuple[Saved, ...]:
         )
         kept = scores if op.qk_head_dim == op.v_head_dim else scores[:1]
         return tuple(s for s in op.saved if s.dtype != "fp32") + kept
-    if op.kind is OpKind.cross_entropy and not p.job.execution.fused_cross_entropy:
+    if op.kind is OpKind.cross_entropy and p.job.execution.cross_entropy != "vendor":
         vocab = op.saved[0].elements
         return (*op.saved, Saved(name="logits_fp32", elements=vocab, where="tp", dtype="fp32"))
     return op.saved
@@ -165,21 +175,29 @@ def working_bytes(op: Op, p: Pricing) -> Floats:
 
     Gradients of its input and output (the gathered input of a tensor-parallel region whole), and
     the gradient of its weight in 16 bit, which is there until it is added to the sum of the step.
-    A loss that is not fused turns its kept logits into their gradient in place. Ref: Megatron-LM,
-    ``tensor_parallel.layers`` (weight gradients). Left out: workspaces of libraries.
+    Ref: Megatron-LM, ``tensor_parallel.layers`` (weight gradients) and
+    ``tensor_parallel.cross_entropy``. Left out: workspaces of libraries.
     """
     tokens = p.slice.op_tokens(op.where)
     divisor = p.slice.etp if op.where in ("expert", "routed") else p.slice.tp
     if op.kind in (OpKind.matmul, OpKind.grouped_matmul):
         k = op.in_features / (divisor if op.split == "in" else np.ones_like(divisor))
         n = op.out_features / (divisor if op.split == "out" else np.ones_like(divisor))
-        if op.vocab and not p.job.execution.fused_cross_entropy:
-            return tokens * k * p.job.precision.act_bytes + _weight_grad_bytes(op, k * n, p)
-        return tokens * (k + n) * p.job.precision.act_bytes + _weight_grad_bytes(op, k * n, p)
+        per_token = (k + n) * p.job.precision.act_bytes
+        if op.vocab:
+            per_token = (
+                k * p.job.precision.act_bytes + n * _LOGIT_GRADS[p.job.execution.cross_entropy]
+            )
+        return tokens * per_token + _weight_grad_bytes(op, k * n, p)
     if op.kind is OpKind.attention:
         dims = op.num_heads * (op.qk_head_dim + 2 * op.v_head_dim)
         return tokens * (dims + op.num_kv_heads * op.qk_head_dim) / divisor * 2.0
     return np.zeros_like(tokens)
+
+
+_LOGIT_GRADS = {"vendor": 2.0, "in_place": 0.0, "compiled": 4.0, "plain": 6.0}
+"""Bytes per logit beside the kept ones: Transformer Engine returns a 16-bit gradient, Megatron's
+steps turn the kept fp32 logits into it (compiled, into a copy), PyTorch's make one in each type."""
 
 
 def _weight_grad_bytes(op: Op, weights: Floats, p: Pricing) -> Floats:

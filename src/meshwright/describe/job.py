@@ -7,6 +7,7 @@ from typing import Literal
 
 from meshwright.errors import JobError, did_you_mean
 
+CrossEntropy = Literal["vendor", "compiled", "in_place", "plain"]
 Task = Literal["pretrain", "sft", "lora"]
 TASKS: tuple[Task, ...] = ("pretrain", "sft", "lora")
 
@@ -37,6 +38,8 @@ class Precision:
     quantise_bytes_per_element: float = 0.0
     bf16_layers: int = 0
     """Layers at the start and end together that stay in bf16."""
+    head_in_16_bit: bool = True
+    """Whether the output layer stays out of FP8 and FP4."""
 
 
 PRECISIONS: dict[str, Precision] = {
@@ -129,10 +132,16 @@ class Execution:
     fused_kernels: bool = True
     """Norms, activations, rotary embedding and residual adds as one kernel each."""
     fused_cross_entropy: bool = True
+    compiled_cross_entropy: bool = False
+    """The fused loss is Megatron's own steps compiled, not Transformer Engine's kernel."""
+    in_place_cross_entropy: bool = True
+    """The loss that is not fused turns fp32 logits into their gradient in place."""
     fused_wgrad_accumulation: bool = True
     keeps_placeholders: bool = True
     """Transformer Engine 2.x: empty gradients of fused accumulation stay allocated."""
     grouped_gemm: bool = True
+    fused_permute: bool = True
+    """Routed tokens are sorted by one kernel, rather than by a chain of them."""
     forced_balance: bool = True
     capacity_factor: float | None = None
     shared_expert_overlap: bool = False
@@ -145,6 +154,13 @@ class Execution:
     power_boost: bool = False
     """More of the card's power for the cores than for memory (``vboost``)."""
     cross_entropy_in_fp32: bool = False
+
+    @property
+    def cross_entropy(self) -> CrossEntropy:
+        """How the loss is computed: one word for the three switches."""
+        if self.fused_cross_entropy:
+            return "compiled" if self.compiled_cross_entropy else "vendor"
+        return "in_place" if self.in_place_cross_entropy else "plain"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from meshwright.parallel.layout import table
 SCALE = 0.04
 """Errors well below this count squared, those above by their size: outliers do not decide."""
 
-PRIOR_WIDTH = 0.3
+PRIOR_WIDTH = 0.5
 """How far, as a logarithm, a factor may move for the price of one run that is off by ``SCALE``."""
 
 STEP = 0.02
@@ -69,8 +69,11 @@ def log_errors(runs: Sequence[Measured], factors: Factors) -> Floats:
 
 def reads(run: Run, name: str) -> bool:
     """Return whether a run's price can depend on a factor: another family's share cannot."""
-    family = name.partition(".")[2].partition(".")[0]
-    return not family or run.cluster.gpu.architecture.lower().startswith(family)
+    head, _, key = name.partition(".")
+    gpu = run.cluster.gpu
+    if head == "clock_fraction":
+        return gpu.name == key
+    return not key or gpu.architecture.lower().startswith(key.partition(".")[0])
 
 
 def fit(
@@ -92,11 +95,14 @@ def fit(
         damping = np.full(len(names), 1.0 / PRIOR_WIDTH**2)
         left = np.einsum("ri,r,rj->ij", slopes, weights, slopes) + np.diag(damping)
         right = -np.einsum("ri,r,r->i", slopes, weights, errors) - damping * (at - prior)
-        found: Any = np.linalg.solve(left, right)
-        move = np.clip(np.asarray(found, dtype=np.float64), -0.4, 0.4)
+        move = np.clip(_solved(left, right), -0.4, 0.4)
         factors, at, errors = _best_move(runs, start, names, at, move, errors, prior, limits or {})
         progress(f"{turn + 1}: loss {_loss(errors, at, prior):.1f}, {describe(errors)}")
     return factors
+
+
+def _solved(left: Floats, right: Floats) -> Floats:
+    return np.asarray(np.linalg.solve(left, right), dtype=np.float64)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
 
 
 def _slopes(

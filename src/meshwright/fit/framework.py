@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from meshwright.describe.job import CrossEntropy
 from meshwright.fit.settings import Settings
 
 
@@ -15,7 +16,8 @@ class Framework:
     overlap: bool = True
     overlap_tp: bool = False
     fused_kernels: bool = True
-    fused_cross_entropy: bool = False
+    cross_entropy: CrossEntropy = "in_place"
+    reduces_in_fp32: bool = True
     fused_wgrad_accumulation: bool = True
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
@@ -35,14 +37,16 @@ FRAMEWORKS = (
         overlap_pp=False,
         tuned_attention=False,
         gathers_once=True,
+        cross_entropy="plain",
     ),
     Framework(
         name="composer",
+        cross_entropy="plain",
         fused_kernels=False,
         fused_wgrad_accumulation=False,
         tuned_attention=False,
     ),
-    Framework(name="automodel", fused_wgrad_accumulation=False),
+    Framework(name="automodel", fused_wgrad_accumulation=False, cross_entropy="plain"),
     Framework(
         name="deepspeed",
         overlap=False,
@@ -52,9 +56,9 @@ FRAMEWORKS = (
         fused_wgrad_accumulation=False,
         overlap_pp=False,
     ),
-    Framework(name="nemo", overlap_tp=True, fused_cross_entropy=True),
+    Framework(name="nemo", overlap_tp=True, cross_entropy="vendor", reduces_in_fp32=False),
     Framework(name="megatron-lm", overlap=False, expert_tensor_is_tensor=True),
-    Framework(name="megatron-bridge", fused_cross_entropy=True),
+    Framework(name="megatron-bridge", cross_entropy="vendor", reduces_in_fp32=False),
 )
 """Known frameworks; a row that names none is read as Megatron-Bridge, a tuned Megatron-Core run."""
 

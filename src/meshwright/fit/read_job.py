@@ -10,6 +10,7 @@ from meshwright.describe.job import (
     PRECISION_ALIASES,
     PRECISIONS,
     TASKS,
+    CrossEntropy,
     Execution,
     Job,
     Precision,
@@ -29,7 +30,9 @@ _BYTES = {
 }
 
 
-def read_job(s: Settings, framework: Framework, seq_len: int, gbs: int) -> Job:
+def read_job(
+    s: Settings, framework: Framework, seq_len: int, gbs: int, *, is_latent: bool = False
+) -> Job:
     """Return the job of a row; unknown words are read as the nearest and listed."""
     task = s.cell("task") or "pretrain"
     if task == "module":
@@ -40,19 +43,22 @@ def read_job(s: Settings, framework: Framework, seq_len: int, gbs: int) -> Job:
     return Job(
         seq_len=seq_len,
         gbs=gbs,
-        precision=read_precision(s, framework),
+        precision=read_precision(s, framework, is_latent=is_latent),
         task="lora" if task == "lora" else "sft" if task == "sft" else "pretrain",
         lora_rank=max(s.whole("dim", "lora_rank", default=16), 1),
         execution=read_execution(s, framework),
     )
 
 
-def read_precision(s: Settings, framework: Framework) -> Precision:
+def read_precision(s: Settings, framework: Framework, *, is_latent: bool = False) -> Precision:
     """Return the recipe of a row with the dtypes of its buffers."""
     recipe = _recipe(s)
     changes: dict[str, float] = {}
     if _reduces_in_16_bit(s, framework):
         changes |= {"grad_bytes": 2.0, "grad_reduce_bytes": 2.0}
+    if is_latent and framework.name == "megatron-bridge" and not s.section("optimizer"):
+        s.assumed.append("16-bit moments: as in the recipes of models with latent attention")
+        changes["moment_bytes"] = 4.0
     if s.flag("use_precision_aware_optimizer", default=False):
         first = _dtype_bytes(s, "exp_avg_dtype", 4.0)
         second = _dtype_bytes(s, "exp_avg_sq_dtype", 4.0)
@@ -69,7 +75,8 @@ def read_precision(s: Settings, framework: Framework) -> Precision:
     if framework.name in ("torchtitan", "automodel"):
         # FSDP2 keeps the sharded weights in fp32 and gathers them in 16 bit.
         changes |= {"master_bytes": 4.0, "param_bytes": 2.0}
-    return replace(recipe, **changes) if changes else recipe  # pyright: ignore[reportArgumentType]
+    head = not s.flag("fp8_output_proj", default=False)
+    return replace(recipe, head_in_16_bit=head, **changes)  # pyright: ignore[reportArgumentType]
 
 
 def _recipe(s: Settings) -> Precision:
@@ -98,8 +105,7 @@ def _reduces_in_16_bit(s: Settings, framework: Framework) -> bool:
         return True
     if "16" in s.text("grad_reduce_dtype"):
         return True
-    default = framework.name not in ("megatron-bridge",)
-    return not s.flag("grad_reduce_in_fp32", default=default)
+    return not s.flag("grad_reduce_in_fp32", default=framework.reduces_in_fp32)
 
 
 def _dtype_bytes(s: Settings, name: str, default: float) -> float:
@@ -129,6 +135,7 @@ def read_execution(s: Settings, framework: Framework) -> Execution:
         flash = False
     packed = "packed" in s.text("finetuning_dataset") or "packed" in s.text("dataset")
     graphs, modules = _cuda_graphs(s)
+    loss = _cross_entropy(s, framework)
     offload = s.whole("cpu_offloading_num_layers") if s.flag("cpu_offloading", default=False) else 0
     capacity = s.find("moe_expert_capacity_factor")
     return Execution(
@@ -148,11 +155,14 @@ def read_execution(s: Settings, framework: Framework) -> Execution:
         fp8_attention=s.flag("fp8_dot_product_attention", default=False),
         fused_softmax="unfused" not in attention,
         fused_kernels=_fused_kernels(s, framework),
-        fused_cross_entropy=_fused_cross_entropy(s, framework),
+        fused_cross_entropy=loss in ("vendor", "compiled"),
+        compiled_cross_entropy=loss == "compiled",
+        in_place_cross_entropy=loss != "plain",
         fused_wgrad_accumulation=not s.flag("no_gradient_accumulation_fusion", default=False)
         and s.flag("gradient_accumulation_fusion", default=framework.fused_wgrad_accumulation),
         keeps_placeholders=_keeps_placeholders(s, framework),
         grouped_gemm=s.flag("moe_grouped_gemm", default=not s.section("args")),
+        fused_permute=s.flag("moe_permute_fusion", default=framework.name == "megatron-bridge"),
         forced_balance=s.flag(
             "moe_router_force_load_balancing",
             "moe_force_balanced",
@@ -160,7 +170,8 @@ def read_execution(s: Settings, framework: Framework) -> Execution:
             "fake_balanced_gate",
             default=False,
         )
-        or capacity is not None,
+        or capacity is not None
+        or s.flag("moe_token_drop", default=False),
         capacity_factor=_capacity(s),
         shared_expert_overlap=s.flag("moe_shared_expert_overlap", default=False),
         recompute_every_second_matmul="op" in s.cell("recompute").split("selective:")[-1].split()
@@ -211,13 +222,16 @@ def _fused_kernels(s: Settings, framework: Framework) -> bool:
     return framework.fused_kernels
 
 
-def _fused_cross_entropy(s: Settings, framework: Framework) -> bool:
-    word = s.text("cross_entropy_fusion")
-    if s.find("cross_entropy_loss_fusion") is not None:
-        return s.flag("cross_entropy_loss_fusion", default=True)
-    if word:
-        return word not in ("false", "none")
-    return framework.fused_cross_entropy
+def _cross_entropy(s: Settings, framework: Framework) -> CrossEntropy:
+    kind = s.text("cross_entropy_fusion_impl") or s.text("cross_entropy_fusion")
+    fused = s.find("cross_entropy_loss_fusion")
+    if fused is not None and not s.flag("cross_entropy_loss_fusion", default=True):
+        return "in_place"
+    if kind == "te":
+        return "vendor"
+    if kind == "native" or (fused is not None and framework.name == "megatron-lm"):
+        return "compiled"
+    return "vendor" if fused is not None else framework.cross_entropy
 
 
 def _capacity(s: Settings) -> float | None:

@@ -27,7 +27,9 @@ Hints = dict[str, Any]
 """Arguments of ``layout`` and of ``place`` that say where layers go."""
 
 FEWEST_GPUS = 8
-"""A row without a number of GPUs ran on one node."""
+"""A row without a number of GPUs ran on one node, ..."""
+LARGE_RUN_GPUS, LARGE_MODEL_PARAMS = 64, 10e9
+"""... or on several, where its model is large."""
 
 MODULES = {m.name: m for m in Recompute if 0 < m < Recompute.full}
 NEAREST_MODULE = {"mla": Recompute.mla_up_proj, "attn": Recompute.core_attn}
@@ -58,7 +60,8 @@ def read_degrees(s: Settings, framework: Framework, model: Model, seq_len: int) 
     unit = minimum_world_size(tp, cp, pp, ep, etp)
     stated = s.number("n_gpus")
     if stated is None:
-        num_gpus = math.lcm(unit, FEWEST_GPUS) if unit < FEWEST_GPUS else unit
+        usual = LARGE_RUN_GPUS if model.num_params > LARGE_MODEL_PARAMS else FEWEST_GPUS
+        num_gpus = -(-usual // unit) * unit
         s.assumed.append(f"n_gpus = {num_gpus}: not stated")
     else:
         num_gpus = stated
@@ -240,9 +243,11 @@ def _sharding(s: Settings, framework: Framework, group: int) -> tuple[Zero, int]
         if number < 1 or group % number:
             s.assumed.append(f"fsdp over {size} is read as {group}, the ranks there are")
             number = group
-        # In a pipeline FSDP2 keeps the weights gathered from the first micro-batch to the last.
-        gathered = kind == "shard_grad_op" or (framework.gathers_once and s.number("pp") != 1)
-        zero = Zero.optim_grads if gathered else Zero.optim_grads_params
+        zero = Zero.optim_grads if kind == "shard_grad_op" else Zero.optim_grads_params
+        if framework.gathers_once and s.number("pp") != 1:
+            # In a pipeline FSDP2 gathers weights before the first micro-batch and reduces
+            # gradients after the last.
+            zero = Zero.optim
         return zero, group // number
     if kind not in ("none", ""):
         s.assumed.append(f"fsdp {kind!r} is read as none")
@@ -285,7 +290,10 @@ def _placement(s: Settings, model: Model, d: Degrees) -> Hints:
 
 def _pipeline_layout(s: Settings) -> str | None:
     text = s.find("pipeline_model_parallel_layout")
-    return text if isinstance(text, str) and text.strip() else None
+    if not isinstance(text, str) or not text.strip():
+        return None
+    # "(t*4)x14" is written for 14 stages of "t*4".
+    return re.sub(r"\(([^()|]*)\)x(\d+)\|?", r"(\1|)*\2", text)
 
 
 def _can_place(model: Model, d: Degrees, hint: Hints) -> bool:

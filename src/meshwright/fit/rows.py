@@ -50,7 +50,7 @@ def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
         seq_len = DEFAULT_SEQ_LEN
         s.assumed.append(f"seq_len = {seq_len}: not stated")
     degrees = read_degrees(s, framework, model, seq_len)
-    job = read_job(s, framework, seq_len, degrees.gbs)
+    job = read_job(s, framework, seq_len, degrees.gbs, is_latent=model.is_mla)
     made = read_layout(s, framework, model, degrees)
     cluster = read_cluster(s, degrees.num_gpus)
     statistic, rank = read_question(s)
@@ -62,7 +62,7 @@ def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
         statistic=statistic,
         rank=rank,
         is_module=s.cell("task") == "module",
-        assumed=(*model.assumed, *cluster.assumed, *s.assumed),
+        assumed=tuple(dict.fromkeys((*model.assumed, *cluster.assumed, *s.assumed))),
     )
 
 
