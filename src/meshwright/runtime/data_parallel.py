@@ -53,6 +53,7 @@ class Piece:
     """The part of a parameter that this rank's optimizer owns: elements begin..end of the local
     tensor laid flat, their master weights and their gradient."""
 
+    buffer: FlatBuffer
     parameter: ShardedParameter
     begin: int
     end: int
@@ -194,7 +195,7 @@ class FlatBuffer:
 
     def publish(self) -> None:
         """Bring the updated master weights to every rank that computes with them."""
-        if not self.trainable or self.zero == Zero.optim_grads_params:
+        if self.zero == Zero.optim_grads_params:
             return
         if not self.aliased:
             self.data[self.range].copy_(self.master)
@@ -227,6 +228,7 @@ class FlatBuffer:
             if begin < end:
                 here = slice(begin - first, end - first)
                 yield Piece(
+                    buffer=self,
                     parameter=member,
                     begin=begin - start,
                     end=end - start,
@@ -367,10 +369,11 @@ class DataParallel:
             if buffer.trainable:
                 buffer.grad_range.mul_(factor)
 
-    def publish(self) -> None:
+    def publish(self, *, frozen: bool = False) -> None:
         """Bring updated weights to every rank that computes with them."""
         for buffer in self.buffers:
-            buffer.publish()
+            if buffer.trainable or frozen:
+                buffer.publish()
 
     def pieces(self, *, frozen: bool = False) -> Iterator[Piece]:
         """Yield the parts of parameters that this rank owns, by default of trainable ones."""

@@ -137,6 +137,45 @@ def process_group(
     dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def join_torchrun(world_size: int, timeout_s: float) -> Generator[int, None, None]:
+    """Join the world that torchrun started (NCCL and gloo on GPUs, else gloo); yields the rank.
+
+    Without torchrun this process is a world of one.
+
+    Raises ``LaunchError`` when there are not ``world_size`` ranks or they do not meet in time.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    if started != world_size:
+        raise LaunchError(
+            "world_size",
+            started,
+            f"The layout has {world_size} ranks.",
+            f"torchrun --nproc-per-node {world_size} -m meshwright train ..., or other degrees.",
+        )
+    if started == 1:
+        yield rank
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // started))
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s)
+        )
+    except (RuntimeError, ValueError) as error:
+        text = str(error).splitlines()[0]
+        rule = f"The ranks did not meet: {text}."
+        remedy = "Check that every rank started, and that MASTER_PORT is free."
+        raise LaunchError("rank", rank, rule, remedy) from None
+    yield rank
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def _die_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(LINUX_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meshwright.errors import DocumentError
+from meshwright.runtime.boxes import rectangles
 from meshwright.runtime.collectives import receive, send
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.parameters import Box, ShardedParameter
@@ -245,42 +246,6 @@ def _place(whole: Tensor, held: _Held, values: Tensor) -> None:
         kept = tuple(slice(0, max(0, t.stop - t.start)) for t in target)
         if all(k.stop for k in kept):
             whole[target] = source[kept].to(whole.dtype)
-
-
-def rectangles(
-    shape: tuple[int, ...], begin: int, end: int
-) -> Iterator[tuple[tuple[slice, ...], slice]]:
-    """Yield the rectangles that elements begin..end of a tensor laid flat make up.
-
-    Each with its own run of flat elements: at most 2*dims - 1 of them, a head, a body and a tail
-    per dimension.
-    """
-    if begin >= end:
-        return
-    if len(shape) <= 1:
-        yield ((slice(begin, end),) if shape else ()), slice(begin, end)
-        return
-    inner = 1
-    for size in shape[1:]:
-        inner *= size
-    start = begin
-    while start < end:
-        row = start // inner
-        if start % inner == 0 and end - start >= inner:
-            rows = (end - start) // inner
-            yield (
-                (slice(row, row + rows), *(slice(0, n) for n in shape[1:])),
-                slice(start, start + rows * inner),
-            )
-            start += rows * inner
-            continue
-        stop = min(end, (row + 1) * inner)
-        for part, flat in rectangles(shape[1:], start - row * inner, stop - row * inner):
-            yield (
-                (slice(row, row + 1), *part),
-                slice(flat.start + row * inner, flat.stop + row * inner),
-            )
-        start = stop
 
 
 @dataclass

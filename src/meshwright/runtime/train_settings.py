@@ -1,0 +1,60 @@
+"""What a training run is told, and what it tells in the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from meshwright.parallel.layout import Layout
+from meshwright.runtime.optimizer import OptimizerSettings
+from meshwright.runtime.shape import ModelShape
+
+Decay = Literal["constant", "linear", "cosine", "wsd"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What to train and how. ``seq_len`` in tokens, ``gbs`` in sequences, folders as paths.
+
+    ``data`` is ``mock`` or the path prefix of a Megatron-LM ``.bin/.idx`` corpus. ``save_every`` 0
+    saves at the end alone. A run resumes from the newest whole checkpoint of ``checkpoints``.
+    ``weights`` is a Hugging Face folder to start from. ``model_flops_per_step`` and
+    ``peak_flops_per_s`` (of one GPU) are what model FLOP/s and MFU are computed from.
+    """
+
+    shape: ModelShape
+    layout: Layout[int]
+    seq_len: int
+    gbs: int
+    steps: int
+    dtype: str = "fp32"
+    seed: int = 1234
+    data: str = "mock"
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    decay: Decay = "cosine"
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+    checkpoints: str | None = None
+    save_every: int = 0
+    keep: int = 0
+    weights: str | None = None
+    log_every: int = 1
+    metrics: str | None = None
+    profile: str | None = None
+    profile_ranks: tuple[int, ...] = (0,)
+    profile_steps: tuple[int, int] = (3, 5)
+    model_flops_per_step: float = 0.0
+    peak_flops_per_s: float = 0.0
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """How a run ended: ``step`` is the last one made, ``stopped`` whether a signal ended it."""
+
+    step: int
+    losses: list[float]
+    stopped: bool
