@@ -47,7 +47,7 @@ RULES = (
         "num_attention_heads",
         lambda s: (
             s.kv_channels is None
-            and s.hidden_size % s.num_attention_heads
+            and indivisible(s.hidden_size, s.num_attention_heads)
             and {"choices": divisors_near(s.hidden_size, s.num_attention_heads)}
         ),
         "Without --kv-channels the {num_attention_heads} heads must divide the hidden size "
@@ -56,7 +56,11 @@ RULES = (
     ),
     derive(
         "validate_args:1333",
-        lambda s: s.kv_channels is None and {"kv_channels": s.hidden_size // s.num_attention_heads},
+        lambda s: (
+            s.kv_channels is None
+            and s.num_attention_heads
+            and {"kv_channels": s.hidden_size // s.num_attention_heads}
+        ),
     ),
     error(
         "MLM-ARG-qkclip_te",
@@ -247,6 +251,14 @@ RULES = (
         lambda s: s.multi_latent_attention and s.rotary_interleaved,
         "Latent attention has no interleaved rotary positions.",
         "Drop {write[rotary_interleaved]}.",
+    ),
+    error(
+        "MLM-TC-dsa_rope",
+        "transformer_config:3165",
+        "apply_rope_fusion",
+        lambda s: s.experimental_attention_variant == "dsa" and s.apply_rope_fusion,
+        "Sparse attention has no fused rotary kernel.",
+        "Use {write[apply_rope_fusion=false]}.",
     ),
     error(
         "MLM-TC-dsa_cp",

@@ -41,37 +41,21 @@ def _hybrid_layers(s: Settings) -> object:
     return {"num_layers": len(_main_pattern(s).replace("|", ""))}
 
 
-def _hybrid_with(setting: str, reason: str) -> Rule:
-    id, line = _HYBRID_RULES[setting]
+def _already_written(setting: str, id: str, line: int, *, with_bars: bool = False) -> Rule:
+    """A pattern says itself what ``setting`` says; ``with_bars``: only when it has stages."""
     return error(
         id,
         f"validate_args:{line}",
         setting,
         lambda s: (
             s.hybrid_layer_pattern is not None
-            and getattr(s, setting) not in (None, False)
-            and (reason != _BARS or "|" in _main_pattern(s))
+            and getattr(s, setting) is not None
+            and getattr(s, setting) is not False
+            and ("|" in _main_pattern(s) or not with_bars)
         ),
-        f"{reason} --hybrid-layer-pattern.",
+        "Stages and virtual stages are written with '|' in --hybrid-layer-pattern.",
         f"Drop {{write[{setting}]}}.",
     )
-
-
-_BARS = "The stages are already written with '|' in"
-
-
-_STAGES = "Stages and virtual stages are written with '|' in"
-
-
-_HYBRID_RULES = {
-    "decoder_first_pipeline_num_layers": ("MLM-ARG-hyb_first", 804),
-    "decoder_last_pipeline_num_layers": ("MLM-ARG-hyb_last", 809),
-    "num_layers_per_virtual_pipeline_stage": ("MLM-ARG-hyb_lpv", 814),
-    "num_virtual_stages_per_pipeline_rank": ("MLM-ARG-hyb_vpp", 820),
-    "pipeline_model_parallel_layout": ("MLM-ARG-hyb_layout", 825),
-    "account_for_embedding_in_pipeline_split": ("MLM-ARG-hyb_emb", 829),
-    "account_for_loss_in_pipeline_split": ("MLM-ARG-hyb_loss", 834),
-}
 
 
 def hybrid_segments(s: Settings) -> int:
@@ -127,13 +111,13 @@ RULES = (
         "The number of layers comes from the pattern: {num_layers}.",
         "Drop --num-layers, or make the pattern as long.",
     ),
-    _hybrid_with("decoder_first_pipeline_num_layers", _BARS),
-    _hybrid_with("decoder_last_pipeline_num_layers", _BARS),
-    _hybrid_with("num_layers_per_virtual_pipeline_stage", _STAGES),
-    _hybrid_with("num_virtual_stages_per_pipeline_rank", _STAGES),
-    _hybrid_with("pipeline_model_parallel_layout", _STAGES),
-    _hybrid_with("account_for_embedding_in_pipeline_split", _STAGES),
-    _hybrid_with("account_for_loss_in_pipeline_split", _STAGES),
+    _already_written("decoder_first_pipeline_num_layers", "MLM-ARG-hyb_first", 804, with_bars=True),
+    _already_written("decoder_last_pipeline_num_layers", "MLM-ARG-hyb_last", 809, with_bars=True),
+    _already_written("num_layers_per_virtual_pipeline_stage", "MLM-ARG-hyb_lpv", 814),
+    _already_written("num_virtual_stages_per_pipeline_rank", "MLM-ARG-hyb_vpp", 820),
+    _already_written("pipeline_model_parallel_layout", "MLM-ARG-hyb_layout", 825),
+    _already_written("account_for_embedding_in_pipeline_split", "MLM-ARG-hyb_emb", 829),
+    _already_written("account_for_loss_in_pipeline_split", "MLM-ARG-hyb_loss", 834),
     error(
         "MLM-ARG-hyb_segments",
         "validate_args:849",

@@ -17,7 +17,8 @@ def _missing(s: Settings) -> object:
 
 
 def _not_positive(s: Settings) -> object:
-    return next(({"field": n} for n in _REQUIRED if getattr(s, n) < 1), None)
+    given = ((n, getattr(s, n)) for n in _REQUIRED)
+    return next(({"field": n} for n, v in given if v is not None and v < 1), None)
 
 
 def _ffn_default(s: Settings) -> object:
@@ -60,13 +61,12 @@ RULES = (
         final=True,
     ),
     error(
-        "MLM-ARG-model_positive",
-        "validate_args:1313",
+        "MLM-TC-model_positive",
+        "transformer_config:9000",
         "hidden_size",
         _not_positive,
         "It is at least 1.",
         "Use 1 or more.",
-        final=True,
     ),
     change(
         "MLM-ARG-ffn_default",
@@ -110,6 +110,14 @@ RULES = (
         lambda s: s.mtp_hsm and (s.mtp_num_layers or 0) < 2,
         "Hidden state mixing needs two MTP layers.",
         "Use {write[mtp_num_layers=2]}.",
+    ),
+    error(
+        "MLM-TC-bias_act",
+        "transformer_config:2425",
+        "squared_relu",
+        lambda s: s.squared_relu and not s.swiglu and s.bias_gelu_fusion,
+        "Only GELU and its gated kin are fused with their bias, which is on by default.",
+        "Add --no-bias-gelu-fusion, or --disable-bias-linear.",
     ),
     error(
         "MLM-TC-te_act",

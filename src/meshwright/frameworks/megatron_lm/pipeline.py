@@ -57,7 +57,6 @@ def _virtual_stages(s: Settings) -> dict[str, Any]:
         stages = s.num_virtual_stages_per_pipeline_rank
     elif s.hybrid_layer_pattern is not None and hybrid_segments(s) > s.pp:
         stages = hybrid_segments(s) // s.pp
-        stages = None if hybrid_segments(s) == 1 else stages
     return {"virtual_pipeline_model_parallel_size": stages}
 
 
@@ -167,6 +166,14 @@ RULES = (
         lambda s: _by_layers(s) and s.uneven,
         "With uneven stages the layers of a virtual stage differ.",
         "Use --num-virtual-stages-per-pipeline-rank.",
+    ),
+    error(
+        "MLM-ARG-lpv_layers_pp",
+        "validate_args:967",
+        "num_layers",
+        lambda s: _by_layers(s) and not s.uneven and s.num_layers is None,
+        "Layers of a virtual stage are counted from --num-layers.",
+        "Add --num-layers.",
     ),
     error(
         "MLM-ARG-lpv_layers_pp",

@@ -19,6 +19,10 @@ def _v2(s: Settings) -> bool:
     return s.use_megatron_fsdp and s.megatron_fsdp_version == 2
 
 
+def _megatron_ddp(s: Settings) -> bool:
+    return not s.use_torch_fsdp2
+
+
 def _emerging(s: Settings) -> bool:
     return s.optimizer not in ("sgd", "adam")
 
@@ -378,7 +382,9 @@ RULES = (
         "MLM-DDP-reuse",
         "ddp_config:260",
         "reuse_grad_buf_for_mxfp8_param_ag",
-        lambda s: s.reuse_grad_buf_for_mxfp8_param_ag and not s.fp8_param_gather,
+        lambda s: (
+            _megatron_ddp(s) and s.reuse_grad_buf_for_mxfp8_param_ag and not s.fp8_param_gather
+        ),
         "The gradient buffer is reused to gather FP8 weights.",
         "Add {write[fp8_param_gather=true]}.",
     ),
@@ -399,7 +405,8 @@ RULES = (
         "ddp_config:270",
         "ddp_param_name_patterns_for_fp32_local_accumulation",
         lambda s: (
-            bool(s.ddp_param_name_patterns_for_fp32_local_accumulation)
+            _megatron_ddp(s)
+            and bool(s.ddp_param_name_patterns_for_fp32_local_accumulation)
             and s.accumulate_allreduce_grads_in_fp32
         ),
         "All gradients are accumulated in fp32 already.",
@@ -409,7 +416,9 @@ RULES = (
         "MLM-DDP-buckets",
         "ddp_config:276",
         "ddp_num_buckets",
-        lambda s: s.ddp_num_buckets is not None and s.ddp_bucket_size is not None,
+        lambda s: (
+            _megatron_ddp(s) and s.ddp_num_buckets is not None and s.ddp_bucket_size is not None
+        ),
         "Buckets are given by number or by size.",
         "Keep one of --ddp-num-buckets and --ddp-bucket-size.",
     ),
@@ -417,7 +426,7 @@ RULES = (
         "MLM-DDP-buckets_pos",
         "ddp_config:277",
         "ddp_num_buckets",
-        lambda s: s.ddp_num_buckets is not None and s.ddp_num_buckets <= 0,
+        lambda s: _megatron_ddp(s) and s.ddp_num_buckets is not None and s.ddp_num_buckets <= 0,
         "There is at least one bucket.",
         "Use 1 or more.",
     ),

@@ -290,6 +290,14 @@ RULES = (
         "Keep one of --mock-data, --data-path and the paths by split.",
     ),
     error(
+        "MLM-ARG-fim_mock",
+        "validate_args:1690",
+        "fim_data",
+        lambda s: s.fim_data and s.mock_data,
+        "Fill-in-the-middle needs real data.",
+        "Drop --mock-data or --fim-data.",
+    ),
+    error(
         "MLM-ARG-ce_te",
         "validate_args:1697",
         "cross_entropy_fusion_impl",
