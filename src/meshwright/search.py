@@ -46,6 +46,11 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, of how many)."""
 
 
+MOST_CHUNKS = 10
+"""Model chunks of a pipeline rank that are tried: each costs messages, and the last ones gain
+little."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """What the search may choose from; ``allowed[key]`` limits a key to some values.
@@ -295,7 +300,9 @@ def _chunks(layers: int, pp: int) -> list[int]:
     if pp == 1:
         return [1]
     most = max(layers // pp, 1)
-    return [v for v in (1, 2, 3, 4, 5, 6, 8, 10) if v <= most]
+    if layers % pp == 0:
+        return [v for v in _divisors(most) if v <= MOST_CHUNKS]
+    return [v for v in (1, 2, 3, 4, 6, 8) if v <= most]
 
 
 def _placements(
