@@ -157,7 +157,8 @@ def dispatch_s(token_bytes: Floats, topk: Floats, over: Span, net: Network) -> F
 def ring_step_s(message_bytes: Floats, over: Span, net: Network) -> Floats:
     """One step of a ring: every rank passes ``message_bytes`` to its neighbour.
 
-    Where the ring leaves the domain, one network link of it paces the step. Ref: as the module.
+    message / bandwidth + latency. Where the ring leaves the domain, one network link of it paces
+    the step. Ref: as the module. Left out: what two rings over the same links take from each other.
     """
     crosses = over.inside < over.size
     speed = np.where(crosses, net.network_bytes_per_s, net.link_bytes_per_s)
@@ -166,7 +167,11 @@ def ring_step_s(message_bytes: Floats, over: Span, net: Network) -> Floats:
 
 
 def point_to_point_s(message_bytes: Floats, crosses: Floats, net: Network) -> Floats:
-    """One message between pipeline neighbours. Ref: as the module."""
+    """One message between pipeline neighbours.
+
+    message / bandwidth + latency, over NVLink or the network. Ref: as the module. Left out: other
+    messages over the same links.
+    """
     within = message_bytes / net.link_bytes_per_s + net.link_latency_s
     across = message_bytes / net.network_bytes_per_s + net.network_latency_s
     return np.where(crosses > 0, across, within)

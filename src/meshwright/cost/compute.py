@@ -188,7 +188,10 @@ def attention_backward_s(
 
 
 def stream_s(moved_bytes: Floats, at: Speeds) -> Floats:
-    """Seconds of a memory-bound kernel: bytes read and written / HBM + launch. Ref: the module."""
+    """Seconds of a memory-bound kernel.
+
+    bytes read and written / HBM + launch. Ref: as the module. Left out: what the cache holds.
+    """
     return moved_bytes / at.hbm_bytes_per_s + at.kernel_s
 
 

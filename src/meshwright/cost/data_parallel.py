@@ -191,6 +191,7 @@ def optimizer_s(
     Gradients are read twice (norm and update), state read and written, weights written; the part
     kept on the host crosses its link both ways. ``step_overhead_s`` is paid once a step (logging,
     gradient norm, schedulers). Ref: Kingma and Ba, arXiv:1412.6980 (state); traffic counted.
+    Left out: launches of one kernel per tensor where the update is not fused.
     """
     precision = job.precision
     sharded = dp.zero >= Zero.optim

@@ -77,17 +77,24 @@ def explain_term(term: str) -> list[Explanation]:
 
 
 def _read(formula: Formula) -> Explanation:
-    text = inspect.getdoc(formula) or ""
-    what, _, rest = text.partition("\n")
-    body, source, left_out = _split(" ".join(rest.split()))
+    first, _, rest = (inspect.getdoc(formula) or "").partition("\n")
+    what, ref, source = first.partition("Ref:")
+    body, source, left_out = _split(" ".join((ref + source + " " + rest).split()))
+    if source.startswith("as the module"):
+        source = _of_module(formula) + source.removeprefix("as the module").rstrip(".")
     return Explanation(what=what.strip(), formula=body, source=source, left_out=left_out)
 
 
 def _split(text: str) -> tuple[str, str, str]:
-    body, _, left_out = text.partition("Left out:")
-    left_out = re.split(r"Raises ", left_out)[0]
+    """Return what stands before ``Ref:``, after it, and after ``Left out:``."""
+    body, *left_out = re.split(r"Left out(?:, as there)?:", text, maxsplit=1)
     body, _, source = body.partition("Ref:")
-    return body.strip(), source.strip(), left_out.strip()
+    return body.strip(), source.strip(), " ".join(left_out).partition("Raises ")[0].strip()
+
+
+def _of_module(formula: Formula) -> str:
+    module = inspect.getmodule(formula)
+    return _split(" ".join((inspect.getdoc(module) or "").split()))[1]
 
 
 def values(e: Estimate) -> dict[str, float]:

@@ -43,7 +43,7 @@ def grads_bytes_per_param(job: Job, x: Layouts) -> BytesPerParam:
     """Gradients in the precision they are accumulated in.
 
     ZeRO-2 keeps 1/shard of them. Ref: arXiv:1910.02054, section 3; Megatron-LM's distributed
-    optimizer documentation (fp32 gradients beside bf16 weights).
+    optimizer documentation (fp32 gradients beside bf16 weights). Left out: padding of buckets.
     """
     return _sharded(job.precision.grad_bytes, x, Zero.optim_grads)
 
@@ -52,7 +52,7 @@ def optimizer_bytes_per_param(job: Job, x: Layouts) -> BytesPerParam:
     """Master weights and both Adam moments.
 
     ZeRO-1 keeps 1/shard of them; what is offloaded to the host is not held. Ref: arXiv:1910.02054,
-    section 3.
+    section 3. Left out: padding of buckets.
     """
     held = (job.precision.master_bytes + job.precision.moment_bytes) * (
         1.0 - job.execution.optimizer_offload_fraction
@@ -139,7 +139,7 @@ def saved_tensors(op: Op, p: Pricing) -> tuple[Saved, ...]:
     Unfused attention keeps per head and pair of tokens the softmax (2 bytes), the dropout mask (1)
     and the dropout output (2): 5as of Korthikanti's sbh(34 + 5as/h). Latent attention is trained
     without dropout and keeps the softmax alone. A loss that is not fused keeps the logits in fp32
-    as well.
+    as well. Ref: Korthikanti et al., arXiv:2205.05198, section 4.1. Left out: alignment.
     """
     if op.kind is OpKind.attention and not p.job.execution.flash_attention:
         pairs = op.num_heads * float(p.slice.seq_len)
@@ -225,7 +225,9 @@ def placeholder_bytes(op: Op, p: Pricing) -> Floats:
 def framework_bytes(x: Layouts, factors: Factors) -> Floats:
     """Context, libraries and one communicator's buffers per axis larger than 1, [N].
 
-    Ref: none; fitted. Left out: growth of NCCL channels with the number of peers.
+    context + communicator * number of axes, and the share of everything else that the allocator
+    holds beside live tensors. Ref: none; fitted. Left out: growth of NCCL channels with the number
+    of peers.
     """
     groups = np.zeros(len(x.tp))
     for degree in (x.tp, x.cp, x.pp, x.dp, x.ep):

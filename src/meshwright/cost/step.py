@@ -307,7 +307,8 @@ def peak_bytes(t: Table, g: Group) -> Floats:
 def pipeline_bound_s(t: Table, g: Group) -> Floats:
     """Return a lower bound [n] of the pipeline's time that no order of the same actions can beat.
 
-    max over lines of fill + own work + drain; see ``parallel.pipeline.bound_coefficients``.
+    max over lines of fill + own work + drain; see ``parallel.pipeline.bound_coefficients``. It
+    orders the search and is in no estimate. Ref: as ``simulate_group``.
     """
     s, p, at = g.stages, t.priced, g.slices
     work = (
@@ -323,7 +324,12 @@ def pipeline_bound_s(t: Table, g: Group) -> Floats:
 
 
 def simulate_group(t: Table, g: Group, message_s: Floats) -> Simulation:
-    """Simulate the schedule of a group for its rows; ``message_s`` [n] delays each message."""
+    """Simulate the schedule of a group for its rows; ``message_s`` [n] delays each message.
+
+    start of an action = max(end of the one before it on its rank, end of what it needs + message);
+    the bubble is what the slowest rank waits. Ref: Narayanan et al., arXiv:2104.04473, section 2.2;
+    Qi et al., arXiv:2401.10241. Left out: as ``parallel.pipeline.simulate``.
+    """
     s, p, key = g.stages, t.priced, g.key
     at = g.slices[g.slice_of]
     schedule = build_schedule(
