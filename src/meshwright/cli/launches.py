@@ -53,7 +53,7 @@ def check(
     ] = False,
     json: AsJson = False,
 ) -> None:
-    """Say what is wrong with a launch before it starts; exit status 1 when it would fail."""
+    """Say what is wrong with a launch before it starts."""
     from meshwright.frameworks import check as checking
 
     result = checking.check(source_of(launch), gpus=gpus, cluster=cluster, framework=framework)
@@ -85,7 +85,7 @@ def convert(
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Write a launch for another framework, or refuse by name what that cannot express."""
+    """Write a launch for another framework, or say what it lacks."""
     from meshwright.frameworks import convert as converting
 
     done = converting.convert(
@@ -116,7 +116,7 @@ def compare(
     gpus: Gpus = None,
     json: AsJson = False,
 ) -> None:
-    """Put two launches side by side: what differs, what it costs, which difference it is."""
+    """Put two launches side by side: what differs and costs."""
     from meshwright.frameworks import compare as comparing
 
     found = comparing.compare(a, b, cluster=cluster, gpus=gpus)
@@ -152,7 +152,7 @@ def resize(
     model: ModelText = None,
     json: AsJson = False,
 ) -> None:
-    """Move a working launch to another number of GPUs, with its batch kept."""
+    """Move a launch to another number of GPUs, its batch kept."""
     from meshwright.frameworks import resize as resizing
 
     moved = resizing.resize(
@@ -228,6 +228,10 @@ def source_of(words: Sequence[str]) -> str | Sequence[str]:
     return words
 
 
+_NOT_SAID = ("default", "derived", "changed by Megatron-LM (MLM-ARG-etp", "changed by Megatron-B")
+"""How origins of values begin that the user did not choose; without experts ETP is one."""
+
+
 def show_check(result: CheckResult, *, settings: bool = False) -> None:
     """Print a check for people: what was read, both grids, findings, price."""
     from meshwright.frameworks.launch import TITLES, layout_settings
@@ -236,7 +240,8 @@ def show_check(result: CheckResult, *, settings: bool = False) -> None:
     started = "unknown number of" if launch.gpus is None else launch.gpus
     typer.echo(f"{TITLES[launch.framework]}, {started} GPUs")
     shown = launch.settings if settings else layout_settings(launch)
-    told = {n: s for n, s in shown.items() if settings or not s.origin.startswith("default")}
+    idle = ("default", "derived") if launch.words.get("num_moe_experts") else _NOT_SAID
+    told = {n: s for n, s in shown.items() if settings or not s.origin.startswith(idle)}
     for name, setting in told.items():
         typer.echo(f"  {name} = {setting.value}  ({setting.origin})")
     if result.grids is not None:

@@ -114,7 +114,7 @@ def check_launch_read(launch: Launch, cluster: Cluster | None = None) -> CheckRe
         fits = cluster is None or cluster.num_gpus == layout.world_size
         legal = not stopped and problem is None
         judged, estimate = _judge(model, job, layout, cluster if fits else None, legal)
-        findings += _new(findings, judged, launch.framework)
+        findings += _new(findings, judged, launch)
         if cluster is not None and not fits:
             findings.append(_other_size(cluster, layout))
     findings.sort(key=lambda f: _ORDER[f.severity])
@@ -170,15 +170,33 @@ def _judge(
     return judge_one(priced), price
 
 
-def _new(said: Iterable[Finding], judged: Iterable[Finding], framework: str) -> list[Finding]:
+def _new(said: Iterable[Finding], judged: Iterable[Finding], launch: Launch) -> list[Finding]:
     """Return what the rules add; a framework that asked its own rules is not asked again."""
     ids = {f.id for f in said}
-    own = framework in _OWN_RULES
+    own = launch.framework in _OWN_RULES
     return [
         f
         for f in judged
-        if f.id not in ids and not (own and f.severity == "error" and f.id.startswith("MLM-"))
+        if f.id not in ids
+        and not (own and f.severity == "error" and f.id.startswith("MLM-"))
+        and not (f.field == _CONNECTIONS and _connections_known(f, launch))
     ]
+
+
+_CONNECTIONS: Final = "env.CUDA_DEVICE_MAX_CONNECTIONS"
+
+
+def _connections_known(finding: Finding, launch: Launch) -> bool:
+    """Say whether the launch itself answers what a rule asks of the environment.
+
+    Megatron's own rules look at it; torchtitan's overlap wants many connections, never one.
+    """
+    value = launch.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    if finding.severity == "warning":
+        return False
+    if finding.id == "MLM-ARG-conn":
+        return launch.framework in (*_OWN_RULES, "torchtitan") or value == "1"
+    return value != "1"
 
 
 def _told(launch: Launch) -> list[Finding]:

@@ -189,6 +189,8 @@ def _recipe(node: ast.Call, origin: str) -> Iterable[Override]:
     where = f"{name}, {origin} line {node.lineno}"
     if parts[-1] in ("pretrain_recipe", "finetune_recipe") and len(parts) > 1:
         yield Override("recipe", f"{parts[-2]}_{parts[-1].removesuffix('_recipe')}", where)
+    elif parts[-1] == "finetune":
+        yield Override("finetune", True, where)
     elif re.fullmatch(r"\w{3,80}_(pretrain|sft|peft|finetune)_config", parts[-1]):
         yield Override("recipe", parts[-1], where)
 

@@ -195,7 +195,8 @@ def _from_script(
         reading = read(chosen.args, stated, {**environment, **(env or {})})
         launch = _launch(name, reading, stated, environment, unread)
     else:
-        launch = _read_overrides(name, _overrides(chosen), chosen, gpus, environment, env, unread)
+        overrides = [*_beside(chosen, folder), *_overrides(chosen)]
+        launch = _read_overrides(name, overrides, chosen, gpus, environment, env, unread)
     return _with_machine(launch, chosen, script)
 
 

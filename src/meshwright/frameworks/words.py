@@ -285,6 +285,7 @@ _SAME: Final = {
     "delay_weight_grad": "delay_wgrad_compute",
     "fused_cross_entropy": "cross_entropy_loss_fusion",
     "grouped_gemm": "moe_grouped_gemm",
+    "fused_permute": "moe_permute_fusion",
     "shared_expert_overlap": "moe_shared_expert_overlap",
 }
 """A switch of ``Execution`` -> its word."""
@@ -372,7 +373,13 @@ def effective(execution: Execution, x: Layout[int], moe: bool = True) -> Executi
     if x.ep == 1:
         idle += ["overlap_ep_comm", "dispatcher"]
     if not moe:
-        idle += ["grouped_gemm", "shared_expert_overlap", "capacity_factor", "dispatcher"]
+        idle += [
+            "grouped_gemm",
+            "fused_permute",
+            "shared_expert_overlap",
+            "capacity_factor",
+            "dispatcher",
+        ]
     default = Execution()
     return replace(execution, **{name: getattr(default, name) for name in idle})
 

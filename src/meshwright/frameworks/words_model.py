@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -99,14 +100,25 @@ def _agrees(words: Words, model: Model) -> bool:
 
 def _twin(model: Model) -> Model | None:
     """Return the known model of the same shape, if there is one."""
-    for name in known_names():
+    shape = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "num_experts", "vocab_size")
+    for name in _by_hidden_size().get(model.hidden_size, ()):
         other = load_model(name)
-        if all(
-            getattr(other, f) == getattr(model, f)
-            for f in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "num_experts")
-        ):
+        if all(getattr(other, field) == getattr(model, field) for field in shape):
             return other
     return None
+
+
+@cache
+def _by_hidden_size() -> dict[int, list[str]]:
+    """Return the known models by hidden size, read from their configs without building them."""
+    found: dict[int, list[str]] = {}
+    folder = files("meshwright.describe") / "configs"
+    for name in known_names():
+        text = (folder / f"{name}.json").read_text(encoding="utf-8")
+        match = re.search(r'"(?:hidden_size|n_embd|d_model)":\s*(\d{1,9})', text)
+        if match is not None:
+            found.setdefault(int(match[1]), []).append(name)
+    return found
 
 
 def _decoder(words: Words) -> Decoder:

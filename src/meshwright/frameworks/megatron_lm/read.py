@@ -42,6 +42,7 @@ _SAME: Final = (
     *("overlap_param_gather", "tp_comm_overlap", "overlap_moe_expert_parallel_comm"),
     *("overlap_p2p_comm", "delay_wgrad_compute", "cuda_graph_impl", "moe_token_dispatcher_type"),
     *("moe_flex_dispatcher_backend", "attention_backend", "cross_entropy_loss_fusion"),
+    "moe_permute_fusion",
     *("moe_grouped_gemm", "moe_shared_expert_overlap", "moe_expert_capacity_factor"),
     *("optimizer_cpu_offload", "optimizer_offload_fraction", "cpu_offloading_num_layers"),
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),

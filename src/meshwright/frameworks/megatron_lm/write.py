@@ -33,7 +33,7 @@ _GROUPS: Final = {
         *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
         *("moe_router_enable_expert_bias", "moe_router_score_function", "moe_grouped_gemm"),
         *("moe_token_dispatcher_type", "moe_flex_dispatcher_backend"),
-        *("moe_expert_capacity_factor", "moe_shared_expert_overlap"),
+        *("moe_expert_capacity_factor", "moe_shared_expert_overlap", "moe_permute_fusion"),
     ),
     "PARALLEL_ARGS": (),
 }

@@ -53,6 +53,7 @@ CONFIG: Final = {
         *("recompute_method", "recompute_num_layers", "recompute_modules"),
         *("overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "cross_entropy_loss_fusion"),
         *("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_shared_expert_overlap"),
+        "moe_permute_fusion",
         *("moe_expert_capacity_factor", "attention_backend", "cpu_offloading_num_layers"),
         *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
         *("num_query_groups", "kv_channels", "vocab_size", "num_moe_experts"),
@@ -169,7 +170,7 @@ def _model(reading: Reading, known: Mapping[str, Override], chosen: Started | No
     for at, word in enumerate(words[:-1]):
         if word == "--factory":
             text, origin = words[at + 1], "--factory"
-    tuned = known.get("finetune.model")
+    tuned = known.get("finetune")
     if "finetune" in text or "finetune" in words or tuned is not None:
         origin = origin or (tuned.origin if tuned is not None else "finetune")
         reading.settings["task"] = Setting(value="sft", origin=origin)

@@ -39,7 +39,7 @@ KWARGS: Final = (
     *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
     *("fp8", "fp8_recipe", "moe_flex_dispatcher_backend", "moe_expert_capacity_factor"),
     *("moe_shared_expert_overlap", "cpu_offloading_num_layers", "moe_grouped_gemm"),
-    *("virtual_pipeline_model_parallel_size",),
+    *("virtual_pipeline_model_parallel_size", "moe_permute_fusion"),
 )
 """Fields that go through ``transformer_config_kwargs``."""
 OPTIMIZER: Final = ("optimizer_cpu_offload", "optimizer_offload_fraction")
@@ -79,6 +79,7 @@ _ALWAYS: Final[dict[str, Any]] = {
     "tp_comm_overlap": False,
     "cross_entropy_loss_fusion": False,
     "moe_grouped_gemm": True,
+    "moe_permute_fusion": False,
 }
 
 

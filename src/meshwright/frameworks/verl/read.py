@@ -40,6 +40,7 @@ TRANSFORMER: Final = {
         *("num_layers_in_last_pipeline_stage", "moe_token_dispatcher_type", "moe_grouped_gemm"),
         *("moe_flex_dispatcher_backend", "moe_expert_capacity_factor", "fp8", "fp8_recipe"),
         *("moe_shared_expert_overlap", "cpu_offloading_num_layers"),
+        "moe_permute_fusion",
     )
 }
 DDP: Final = {
@@ -87,6 +88,7 @@ _ALWAYS: Final[dict[str, Any]] = {
     "tp_comm_overlap": False,
     "cross_entropy_loss_fusion": False,
     "moe_grouped_gemm": True,
+    "moe_permute_fusion": False,
 }
 
 

@@ -1,0 +1,159 @@
+"""What is written for a framework is complete, passes its own rules, and reads back as it was."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+
+import meshwright
+from launches import plans, read_back, said
+from meshwright.describe.cluster import load_cluster
+from meshwright.describe.job import Job, job
+from meshwright.describe.model import Model
+from meshwright.errors import LaunchError
+from meshwright.frameworks.launch import FRAMEWORKS
+from meshwright.frameworks.write import launch_files, unsupported
+from meshwright.parallel.layout import Layout, Zero, from_text
+
+GOLDEN = Path(__file__).parent / "golden" / "frameworks"
+ZERO = {
+    "skyrl": (Zero.optim,),
+    "torchtitan": (Zero.optim_grads, Zero.optim_grads_params),
+}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+)
+@given(data=plans())
+def test_reading_what_was_written_gives_the_same_plan(
+    framework: str, data: tuple[Model, Job, Layout[int]]
+) -> None:
+    """Law: the reader undoes the writer, and the framework's own rules accept what was written."""
+    model, wanted, x = data
+    if framework in ZERO:
+        from dataclasses import replace
+
+        x = replace(x, zero=int(ZERO[framework][0]))
+    assume(not unsupported(model, None, wanted, x, framework))
+    for launcher in ("torchrun", "slurm"):
+        launch = read_back(launch_files(model, None, wanted, x, framework, launcher))
+        layout = launch.layout()
+        assert launch.framework == framework
+        assert said(launch.job(layout), layout, model) == said(wanted, x, model)
+        read = launch.model()
+        assert read is not None
+        assert read.num_params == model.num_params
+        assert [f.message for f in launch.findings if f.severity == "error"] == []
+        assert launch.unread == ()
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("task", ["sft", "lora"])
+def test_the_task_reads_back_or_is_refused_by_name(framework: str, task: str) -> None:
+    model, x = meshwright.load_model("llama3-8b"), from_text("tp=2 dp=4")
+    wanted = job(seq_len=4096, gbs=64, task=task)
+    if framework == "torchtitan":
+        x = from_text("tp=2 dp=4 zero=optim_grads_params")
+    refused = unsupported(model, None, wanted, x, framework)
+    if refused:
+        assert [f.field for f in refused] == ["job.task"]
+        assert framework == "torchtitan" or task == "lora"
+        return
+    launch = read_back(launch_files(model, None, wanted, x, framework))
+    assert launch.job().task == task
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_scripts_are_valid_shell_and_python(framework: str, launcher: str, tmp_path: Path) -> None:
+    """Oracle: bash -n and Python's own parser."""
+    model, cluster = meshwright.load_model("mixtral-8x7b"), load_cluster("32xH100")
+    zero = " zero=optim_grads_params" if framework == "torchtitan" else ""
+    x = from_text(f"tp=2 pp=2 ep=8{zero}", 32)
+    files = launch_files(model, cluster, job(seq_len=4096, gbs=64), x, framework, launcher)
+    assert next(iter(files)) == ("run.sbatch" if launcher == "slurm" else "run.sh")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        if name.endswith(".py"):
+            ast.parse(text)
+        else:
+            bash = shutil.which("bash") or "bash"
+            subprocess.run([bash, "-n", str(tmp_path / name)], check=True, timeout=10)
+    if launcher == "slurm":
+        assert "#SBATCH --nodes=4" in files["run.sbatch"]
+
+
+@pytest.mark.parametrize(
+    ("framework", "layout", "field"),
+    [
+        ("skyrl", "tp=2 pp=2 vpp=2 dp=4", "layout.vpp"),
+        ("skyrl", "tp=2 dp=4 zero=no_shard", "layout.zero"),
+        ("skyrl", "tp=2 cp=4 dp=2 cp_comm=a2a+p2p hierarchical_cp=2x2", "layout.hierarchical_cp"),
+        ("verl", "tp=2 dp=4 dp_replicate=2", "layout.dp_replicate"),
+        ("torchtitan", "tp=2 dp=4", "layout.zero"),
+        ("torchtitan", "tp=16 dp=4 zero=optim_grads", "layout.tp"),
+        ("megatron-lm", "pp=4 dp=2 schedule=zb_h1", "layout.schedule"),
+        ("megatron-bridge", "pp=4 dp=2 schedule=gpipe", "layout.schedule"),
+        ("nemo", "tp=2 pp=2 dp=2 order=pp-tp-cp-ep-dp", "layout.order"),
+    ],
+)
+def test_what_a_framework_cannot_express_is_refused_by_name(
+    framework: str, layout: str, field: str
+) -> None:
+    model, wanted = meshwright.load_model("llama3-8b"), job(seq_len=4096, gbs=64)
+    x = from_text(layout)
+    refused = unsupported(model, None, wanted, x, framework)
+    assert field in [f.field for f in refused]
+    assert all(f.severity == "error" and f.remedy for f in refused)
+    with pytest.raises(LaunchError) as error:
+        launch_files(model, None, wanted, x, framework)
+    assert error.value.field == refused[0].field
+
+
+def test_connections_follow_the_overlap_and_the_gpu() -> None:
+    """Spec: one before Blackwell for TP and CP, none when gradients are sharded, 32 for experts."""
+    model, wanted = meshwright.load_model("llama3-8b"), job(seq_len=4096, gbs=64)
+    line = "export CUDA_DEVICE_MAX_CONNECTIONS=1\n"
+
+    def script(layout: str, cluster: str, framework: str = "megatron-lm") -> str:
+        machine = load_cluster(cluster)
+        x = from_text(layout, machine.num_gpus)
+        return launch_files(model, machine, wanted, x, framework)["run.sh"]
+
+    assert line in script("tp=2", "8xH100")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in script("tp=2", "8xB200")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in script("tp=1", "8xH100")
+    sharded = script("tp=2 zero=optim_grads_params", "8xH100")
+    assert "unset CUDA_DEVICE_MAX_CONNECTIONS" in sharded
+    assert "--use-megatron-fsdp" in sharded
+    assert "CONNECTIONS=32" in script("tp=2 zero=optim_grads", "8xH100", "torchtitan")
+
+
+def test_a_model_that_is_no_gpt_is_refused_where_its_shape_must_be_written() -> None:
+    model = meshwright.load_model("llama3-8b")
+    from dataclasses import replace
+
+    nameless = replace(model, facts=None)
+    wanted, x = job(seq_len=4096, gbs=64), from_text("tp=2 dp=4")
+    assert [f.field for f in unsupported(nameless, None, wanted, x, "megatron-lm")] == ["model"]
+    assert unsupported(nameless, None, wanted, x, "verl") == []
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_written_files_are_as_reviewed(framework: str) -> None:
+    """Golden: a change of what is written shows as a diff of these files."""
+    model, cluster = meshwright.load_model("mixtral-8x7b"), load_cluster("32xH100")
+    zero = " zero=optim_grads_params" if framework == "torchtitan" else ""
+    x = from_text(f"tp=2 pp=2 ep=8 recompute=full{zero}", 32)
+    files = launch_files(model, cluster, job(seq_len=4096, gbs=64), x, framework, "slurm")
+    for name, text in files.items():
+        assert (GOLDEN / framework / name).read_text() == text
