@@ -21,8 +21,8 @@ from meshwright.cost.step import (
     Table,
     bounds,
     by_pipeline,
+    memory_of_candidates,
     prepare,
-    rank_memory,
     simulated_step_s,
 )
 from meshwright.describe.cluster import load_cluster
@@ -71,7 +71,7 @@ def memory_columns(t: Table) -> dict[str, Floats]:
     """Return each memory term [N] of the fullest rank."""
     out = {term: np.zeros(num_rows(t.x)) for term in MEMORY_TERMS}
     for g in by_pipeline(t.job, t.x, t.priced):
-        of_rank = [rank_memory(t, g, q) for q in range(len(g.stages.held))]
+        of_rank = list(memory_of_candidates(t, g))
         total = np.array([sum(terms.values()) for terms in of_rank])
         fullest = np.argmax(total, axis=0)
         for term in MEMORY_TERMS:
@@ -177,7 +177,7 @@ def of_every_rank(s: Situation, x: Layouts, job: Job | None = None) -> list[dict
     """Return the memory terms of every candidate peak of a table of one row."""
     t = prepare(s.model, s.cluster, job or s.job, x)
     (g,) = by_pipeline(t.job, t.x, t.priced)
-    return [rank_memory(t, g, q) for q in range(len(g.stages.held))]
+    return list(memory_of_candidates(t, g))
 
 
 def most(s: Situation, x: Layouts, terms: tuple[str, ...], job: Job | None = None) -> float:

@@ -12,8 +12,8 @@ from meshwright.cost.step import (
     Table,
     beside_pipeline_s,
     by_pipeline,
+    memory_of_candidates,
     prepare,
-    rank_memory,
     simulated_step_s,
 )
 from meshwright.describe.cluster import load_cluster
@@ -72,7 +72,7 @@ def test_the_bubble_is_pp_minus_1_over_m_times_vpp(pp: int, vpp: int, rounds: in
 def activations(t: Table) -> list[float]:
     """Return the activation bytes of every pipeline rank that could be the fullest."""
     (g,) = by_pipeline(t.job, t.x, t.priced)
-    return [float(rank_memory(t, g, q)["activations_bytes"][0]) for q in range(len(g.stages.held))]
+    return [float(m["activations_bytes"][0]) for m in memory_of_candidates(t, g)]
 
 
 @pytest.mark.parametrize("pp", [2, 4, 8])

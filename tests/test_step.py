@@ -17,9 +17,9 @@ from meshwright.cost.step import (
     Table,
     beside_pipeline_s,
     by_pipeline,
+    memory_of_candidates,
     peak_bytes,
     prepare,
-    rank_memory,
     simulated_step_s,
 )
 from meshwright.describe.cluster import load_cluster
@@ -130,7 +130,7 @@ def test_full_recomputation_keeps_no_more_on_any_rank(
         t = prepare(s.model, s.cluster, s.job, y)
         (g,) = by_pipeline(s.job, y, t.priced)
         every = with_every_rank(t, g)
-        found = [rank_memory(t, every, q) for q in range(len(every.stages.held))]
+        found = list(memory_of_candidates(t, every))
         return [float(m["activations_bytes"][0]) for m in found]
 
     for less, more in zip(activations(Recompute.full), activations(Recompute.none), strict=True):
@@ -215,7 +215,7 @@ def test_sharded_experts_are_divided_by_ep_and_etp_and_dense_weights_by_tp_alone
 
     def weights(x: Layout[int]) -> float:
         t, g = group_of(model, as_table([x]))
-        return float(rank_memory(t, g, 0)["weights_bytes"][0])
+        return float(next(memory_of_candidates(t, g))["weights_bytes"][0])
 
     one, ep4, ep4_etp2 = (
         weights(layout(**fixed, **d)) for d in ({}, {"ep": 4}, {"ep": 4, "etp": 2})
@@ -228,7 +228,7 @@ def test_sharded_experts_are_divided_by_ep_and_etp_and_dense_weights_by_tp_alone
 def test_a_lora_job_keeps_gradients_and_optimizer_for_its_adapters_alone() -> None:
     x = as_table([layout(gpus=8, zero=Zero.no_shard)])
     full, lora = (
-        rank_memory(*group_of(dense_model(), x, replace(JOB, task=task), "8xH100"), 0)
+        next(memory_of_candidates(*group_of(dense_model(), x, replace(JOB, task=task), "8xH100")))
         for task in ("sft", "lora")
     )
     assert lora["weights_bytes"] == full["weights_bytes"]
@@ -245,7 +245,7 @@ def test_a_lora_job_keeps_gradients_and_optimizer_for_its_adapters_alone() -> No
 
 def test_memory_terms_of_a_rank_are_those_that_are_named() -> None:
     t, g = group_of(gpt_model(), as_table([layout(pp=4, gpus=64)]))
-    assert tuple(rank_memory(t, g, 0)) == MEMORY_TERMS
+    assert tuple(next(memory_of_candidates(t, g))) == MEMORY_TERMS
 
 
 def test_other_factors_change_the_price() -> None:

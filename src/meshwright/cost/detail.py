@@ -21,8 +21,8 @@ from meshwright.cost.step import (
     Table,
     beside_pipeline_s,
     by_pipeline,
+    memory_of_candidates,
     prepare,
-    rank_memory,
     simulate_group,
 )
 from meshwright.describe.cluster import Cluster
@@ -170,8 +170,9 @@ def _time(t: Table, g: Group) -> dict[str, float]:
 
 def _ranks(t: Table, g: Group) -> list[dict[str, Any]]:
     fullest: dict[int, dict[str, Any]] = {}
-    for q, rank in enumerate(g.stages.candidate_rank):
-        terms = {k: float(v[0]) for k, v in rank_memory(t, g, q).items()}
+    candidates = zip(g.stages.candidate_rank, memory_of_candidates(t, g), strict=True)
+    for rank, columns in candidates:
+        terms = {k: float(v[0]) for k, v in columns.items()}
         total = sum(terms.values())
         if rank not in fullest or total > fullest[rank]["peak_bytes"]:
             fullest[rank] = {"peak_bytes": total, **terms}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +95,9 @@ def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors
     seconds = [block_seconds(b, p) for b in blocks]
     sizes = [block_bytes(b, p, model.hidden_size) for b in blocks]
     dense, expert = block_params_per_rank(model, found.rows)
-    dense_trained, expert_trained = trained_params_per_rank(model, job, found.rows)
+    trained = (dense, expert)
+    if job.task == "lora":
+        trained = trained_params_per_rank(model, job, found.rows)
     forward, backward = _stack(seconds)
     return Priced(
         facts=layer_facts(model),
@@ -112,8 +115,8 @@ def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors
         placeholders=np.stack([s.placeholders for s in sizes], axis=1),
         dense_params=dense,
         expert_params=expert,
-        dense_trained=dense_trained,
-        expert_trained=expert_trained,
+        dense_trained=trained[0],
+        expert_trained=trained[1],
         message_bytes=part.sp_tokens * model.hidden_size * job.precision.act_bytes,
         gathered_bytes=2.0
         * np.max((dense + expert)[:, : len(model.layer_kinds)], axis=1)
@@ -247,60 +250,69 @@ MEMORY_TERMS = (
 )
 
 
-def rank_memory(t: Table, g: Group, q: int) -> dict[str, Floats]:
-    """Return the bytes [n] of each memory term on candidate ``q`` of a group at its peak.
+def memory_of_candidates(t: Table, g: Group) -> Iterator[dict[str, Floats]]:
+    """Yield the bytes [n] of each memory term at each peak that a rank of a group could have.
 
     weights, grads, optimizer = parameters of the rank * bytes per parameter; activations = held
     micro-batches * kept + recomputed layers alive; buffers = gradients alive inside the largest
     block, messages and gathered ZeRO-3 weights. Ref: the docstrings of ``cost.memory``.
     """
-    s, p, at = g.stages, t.priced, g.slices
+    s, p, at, rows = g.stages, t.priced, g.slices, g.rows
+    dense, expert = p.dense_params[at], p.expert_params[at]
+    all_trained = p.dense_trained is p.dense_params
+    dense_trained = dense if all_trained else p.dense_trained[at]
+    expert_trained = expert if all_trained else p.expert_trained[at]
+    kept, whole, logits, working = p.kept[at], p.whole[at], p.logits[at], p.working[at]
+    placeholders, is_full = p.placeholders[at], p.is_full[at]
+    messages = 2.0 * p.message_bytes[at] * float(g.key.pp > 1)
+    weights, grads, optimizer = (_of_rows(b, rows) for b in (t.weights, t.grads, t.optimizer))
+    is_gathered = t.x.zero[rows] == Zero.optim_grads_params
+    gathered = np.where(is_gathered, p.gathered_bytes[at][g.slice_of], 0.0)
+    gathered += workspace_bytes(t.cluster.gpu, t.factors)
+    framework = t.framework_bytes[rows]
 
-    def spread(per_slice: Floats) -> Floats:
-        return per_slice[g.slice_of]
+    def held_by(params: Floats, candidate: int) -> Floats:
+        return np.einsum("nk,k->n", params, s.held_params[candidate])[g.slice_of]
 
-    dense, expert = _held(p.dense_params, g, q), _held(p.expert_params, g, q)
-    dense_trained, expert_trained = _held(p.dense_trained, g, q), _held(p.expert_trained, g, q)
-    activations = np.einsum("nk,k->n", p.kept[at], s.held[q])
-    activations = activations + np.einsum("nk,k->n", p.whole[at], s.held_whole[q])
-    # The input of a layer that is run again is kept already.
-    alive = np.max(p.whole[at] * s.alive[q] - p.kept[at] * (s.alive[q] > 0), axis=1)
-    activations = activations + np.where(p.is_full[at], np.maximum(alive, 0.0), 0.0)
-    logits = np.einsum("nk,k->n", p.logits[at], s.held[q] + s.held_whole[q])
-    buffers = np.max(p.working[at] * s.present[q], axis=1)
-    buffers = buffers + np.einsum("nk,k->n", p.placeholders[at], s.present[q])
-    buffers = buffers + 2.0 * p.message_bytes[at] * float(g.key.pp > 1)
-    gathered = np.where(
-        t.x.zero[g.rows] == Zero.optim_grads_params, spread(p.gathered_bytes[at]), 0.0
-    )
-    rows = g.rows
-    held = {
-        "weights_bytes": dense * t.weights.dense[rows] + expert * t.weights.expert[rows],
-        "grads_bytes": dense_trained * t.grads.dense[rows] + expert_trained * t.grads.expert[rows],
-        "optimizer_bytes": dense_trained * t.optimizer.dense[rows]
-        + expert_trained * t.optimizer.expert[rows],
-        "activations_bytes": spread(activations - logits),
-        "logits_bytes": spread(logits),
-        "buffers_bytes": spread(buffers) + gathered + workspace_bytes(t.cluster.gpu, t.factors),
-    }
-    # What the allocator holds beside live tensors counts with context and communicators.
-    spare = t.factors.fragmentation_fraction * sum(held.values())
-    return {**held, "framework_bytes": t.framework_bytes[rows] + spare}
+    for q in range(len(s.held)):
+        activations = np.einsum("nk,k->n", kept, s.held[q])
+        activations += np.einsum("nk,k->n", whole, s.held_whole[q])
+        # The input of a layer that is run again is kept already.
+        alive = _largest(whole * s.alive[q] - kept * (s.alive[q] > 0))
+        activations += np.where(is_full, np.maximum(alive, 0.0), 0.0)
+        losses = np.einsum("nk,k->n", logits, s.held[q] + s.held_whole[q])
+        buffers = _largest(working * s.present[q]) + messages
+        buffers += np.einsum("nk,k->n", placeholders, s.present[q])
+        of_dense, of_expert = held_by(dense, q), held_by(expert, q)
+        learns = of_dense if all_trained else held_by(dense_trained, q)
+        learns_expert = of_expert if all_trained else held_by(expert_trained, q)
+        held = {
+            "weights_bytes": of_dense * weights.dense + of_expert * weights.expert,
+            "grads_bytes": learns * grads.dense + learns_expert * grads.expert,
+            "optimizer_bytes": learns * optimizer.dense + learns_expert * optimizer.expert,
+            "activations_bytes": (activations - losses)[g.slice_of],
+            "logits_bytes": losses[g.slice_of],
+            "buffers_bytes": buffers[g.slice_of] + gathered,
+        }
+        # What the allocator holds beside live tensors counts with context and communicators.
+        spare = t.factors.fragmentation_fraction * sum(held.values())
+        yield {**held, "framework_bytes": framework + spare}
 
 
-def _held(per_kind: Floats, g: Group, q: int) -> Floats:
-    """Return the parameters [n] that candidate ``q`` holds."""
-    return np.einsum("nk,k->n", per_kind[g.slices], g.stages.held_params[q])[g.slice_of]
+def _of_rows(per_param: BytesPerParam, rows: Index) -> BytesPerParam:
+    return BytesPerParam(per_param.dense[rows], per_param.expert[rows])
+
+
+def _largest(per_kind: Floats) -> Floats:
+    """Return the largest of the few columns of [u, K]: faster than a maximum along rows."""
+    return reduce(np.maximum, per_kind.T)
 
 
 def peak_bytes(t: Table, g: Group) -> Floats:
     """Return the peak bytes [n] of the fullest rank."""
     peak = np.zeros(len(g.rows))
-    for q in range(len(g.stages.held)):
-        total = np.zeros(len(g.rows))
-        for term in rank_memory(t, g, q).values():
-            total += term
-        np.maximum(peak, total, out=peak)
+    for terms in memory_of_candidates(t, g):
+        np.maximum(peak, sum(terms.values()), out=peak)
     return peak
 
 
