@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshwright.cost.columns import Floats, distinct_index
+from meshwright.cost.columns import Floats, Index, distinct_index
 from meshwright.cost.factors import Factors
 from meshwright.describe.cluster import Cluster
 from meshwright.parallel.layout import Ints, Layouts, take
@@ -77,8 +77,7 @@ class Spans:
 
 def spans(x: Layouts, cluster: Cluster) -> Spans:
     """Return the spans of the groups of a table, from the strides of its two meshes."""
-    first, inverse = distinct_index([x.tp, x.cp, x.dp, x.pp, x.ep, x.etp])
-    some = _spans(take(x, first), cluster.scale_up_domain)
+    some, inverse = distinct_spans(x, cluster)
 
     def spread(one: Span) -> Span:
         return Span(one.size[inverse], one.inside[inverse])
@@ -90,6 +89,12 @@ def spans(x: Layouts, cluster: Cluster) -> Spans:
         etp=spread(some.etp),
         pp_crosses=some.pp_crosses[inverse],
     )
+
+
+def distinct_spans(x: Layouts, cluster: Cluster) -> tuple[Spans, Index]:
+    """Return the spans [D] of the distinct meshes of a table, and which mesh each row [N] has."""
+    first, inverse = distinct_index([x.tp, x.cp, x.dp, x.pp, x.ep, x.etp])
+    return _spans(take(x, first), cluster.scale_up_domain), inverse
 
 
 def _spans(x: Layouts, domain: int) -> Spans:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshwright.cost.columns import Floats
-from meshwright.cost.comm import Spans, spans
+from meshwright.cost.columns import Floats, distinct_index
+from meshwright.cost.comm import Spans, distinct_spans, spans
 from meshwright.describe.cluster import Cluster
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model, Saved, Where
@@ -58,9 +58,10 @@ SLICE_COLUMNS = ("tp", "cp", "ep", "etp", "mbs", "sp", "cp_comm", "recompute")
 
 def slice_keys(x: Layouts, cluster: Cluster) -> list[Ints]:
     """Return the columns that a slice depends on, the spans of its groups included."""
-    over = spans(x, cluster)
+    over, mesh_of = distinct_spans(x, cluster)
     inside = [over.tp.inside, over.cp.inside, over.ep.inside, over.etp.inside]
-    return [getattr(x, c) for c in SLICE_COLUMNS] + [i.astype(np.int64) for i in inside]
+    _, alike = distinct_index([i.astype(np.int64) for i in inside])
+    return [getattr(x, c) for c in SLICE_COLUMNS] + [alike[mesh_of]]
 
 
 def slices(model: Model, cluster: Cluster, job: Job, x: Layouts) -> Slice:

@@ -21,7 +21,7 @@ from meshwright.cost.blocks import (
     pricing,
 )
 from meshwright.cost.columns import Floats, Index, distinct, distinct_index
-from meshwright.cost.comm import network, point_to_point_s, spans
+from meshwright.cost.comm import distinct_spans, network, point_to_point_s
 from meshwright.cost.data_parallel import (
     DataParallel,
     data_parallel,
@@ -220,7 +220,8 @@ def price_rows(
 ) -> Table:
     """Price what each row pays beside its slice; ``priced.inverse`` says which slice it has."""
     net = network(cluster, factors)
-    crosses = spans(x, cluster).pp_crosses
+    over, mesh_of = distinct_spans(x, cluster)
+    crosses = over.pp_crosses[mesh_of]
     hidden = factors.pp_hidden_fraction * float(job.execution.overlap_pp_comm)
     message_s = point_to_point_s(priced.message_bytes[priced.inverse], crosses, net)
     return Table(
@@ -360,15 +361,17 @@ def beside_pipeline_s(t: Table, g: Group) -> tuple[Floats, Floats]:
     s, p, at = g.stages, t.priced, g.slices
     dp_s, opt_s = np.zeros(len(g.rows)), np.zeros(len(g.rows))
     local = rows_of(t.dp, g.rows)
+    dense_trained, expert_trained = p.dense_trained[at], p.expert_trained[at]
+    forwards, backwards, reruns = p.forward[at], p.backward[at], p.reruns[at]
 
     def of_rank(per_kind: Floats, counts: Floats) -> Floats:
-        return np.einsum("nk,k->n", per_kind[at], counts)
+        return np.einsum("nk,k->n", per_kind, counts)
 
     for r in s.dp_ranks:
-        dense = of_rank(p.dense_trained, s.params[r])[g.slice_of]
-        expert = of_rank(p.expert_trained, s.params[r])[g.slice_of]
-        forward = of_rank(p.forward, s.own[r])
-        backward = of_rank(p.backward, s.own[r]) + of_rank(p.reruns, s.own_reruns[r])
+        dense = of_rank(dense_trained, s.params[r])[g.slice_of]
+        expert = of_rank(expert_trained, s.params[r])[g.slice_of]
+        forward = of_rank(forwards, s.own[r])
+        backward = of_rank(backwards, s.own[r]) + of_rank(reruns, s.own_reruns[r])
         exposed = dp_comm_s(
             t.job,
             t.factors,
