@@ -393,13 +393,17 @@ def _rows(cluster: Cluster, job: Job, space: Space, inner: Ints, pipeline: _Pipe
         whole &= np.isin(dp, space.allowed["dp"])
     chosen = np.flatnonzero(whole)
     inner, dp = inner[chosen], dp[chosen]
-    blocks: list[Layouts] = []
     shard_ranks = dp * inner[:, _INNER.index("cp")]
+    at: list[Index] = []
+    sharding: list[Ints] = []
     for zero in space.choices("zero", [int(z) for z in Zero]):
         for replicate in _replicas(cluster, space, inner, shard_ranks):
-            keep = _useful(zero, replicate, shard_ranks)
-            blocks.append(_table(inner[keep], dp[keep], replicate[keep], zero, pipeline))
-    return concatenate(blocks)
+            keep = np.flatnonzero(_useful(zero, replicate, shard_ranks))
+            at.append(keep)
+            sharding.append(np.stack([np.full_like(keep, zero), replicate[keep]]))
+    rows = np.concatenate(at)
+    zeros, replicas = np.concatenate(sharding, axis=1)
+    return _table(inner[rows], dp[rows], zeros, replicas, pipeline)
 
 
 def _replicas(cluster: Cluster, space: Space, inner: Ints, shard_ranks: Ints) -> list[Ints]:
@@ -422,22 +426,20 @@ def _useful(zero: int, replicate: Ints, shard_ranks: Ints) -> NDArray[np.bool_]:
     return sharded & ((replicate == 1) | (zero > Zero.optim))
 
 
-def _table(inner: Ints, dp: Ints, replicate: Ints, zero: int, pipeline: _Pipeline) -> Layouts:
-    n = len(dp)
-    values: dict[str, Any] = {c: np.zeros(n, dtype=np.int64) for c in COLUMNS}
-    for k, name in enumerate(_INNER):
-        values[name] = inner[:, k]
-    fixed = {
+def _table(inner: Ints, dp: Ints, zero: Ints, replicate: Ints, pipeline: _Pipeline) -> Layouts:
+    fixed = dict.fromkeys(COLUMNS, 0) | {
         "pp": pipeline.pp,
         "vpp": pipeline.vpp,
         "schedule": int(pipeline.schedule),
-        "zero": zero,
         "account_for_embedding": pipeline.account,
         "account_for_loss": pipeline.account,
     }
-    values |= {name: np.full(n, value, dtype=np.int64) for name, value in fixed.items()}
-    values |= {"dp": dp, "dp_replicate": replicate}
-    return Layout[Ints](**values, pipeline_layout=pipeline.pipeline_layout)
+    # Views of one number: ``concatenate`` writes them out.
+    values = {name: np.broadcast_to(np.int64(v), len(dp)) for name, v in fixed.items()}
+    values |= {name: inner[:, k] for k, name in enumerate(_INNER)}
+    values |= {"dp": dp, "zero": zero, "dp_replicate": replicate}
+    columns: dict[str, Any] = values
+    return Layout[Ints](**columns, pipeline_layout=pipeline.pipeline_layout)
 
 
 def _divisors(number: int) -> list[int]:
