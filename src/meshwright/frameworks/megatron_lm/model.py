@@ -17,7 +17,7 @@ def _missing(s: Settings) -> object:
 
 
 def _not_positive(s: Settings) -> object:
-    given = ((n, getattr(s, n)) for n in _REQUIRED)
+    given = ((n, getattr(s, n)) for n in (*_REQUIRED, "seq_length"))
     return next(({"field": n} for n, v in given if v is not None and v < 1), None)
 
 
