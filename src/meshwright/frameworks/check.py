@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from meshwright.errors import MeshwrightError
 from meshwright.findings import Finding, Severity
-from meshwright.frameworks.launch import FRAMEWORKS, Launch
+from meshwright.frameworks.launch import Launch
 from meshwright.frameworks.read import read_launch
-from meshwright.parallel.layout import Layout, table, to_dict
+from meshwright.parallel.layout import Layout, Zero, table, to_dict
 
 if TYPE_CHECKING:
     from meshwright.cost.detail import Estimate
@@ -111,6 +111,7 @@ def check_launch_read(launch: Launch, cluster: Cluster | None = None) -> CheckRe
     findings += _told(launch)
     estimate = None
     if layout is not None and model is not None and job is not None:
+        findings += _idle(findings, layout, launch)
         fits = cluster is None or cluster.num_gpus == layout.world_size
         legal = not stopped and problem is None
         judged, estimate = _judge(model, job, layout, cluster if fits else None, legal)
@@ -178,10 +179,17 @@ def _new(said: Iterable[Finding], judged: Iterable[Finding], launch: Launch) -> 
         f
         for f in judged
         if f.id not in ids
+        and f.id not in _ELSEWHERE.get(launch.framework, ())
         and not (own and f.severity == "error" and f.id.startswith("MLM-"))
         and not (f.field == _CONNECTIONS and _connections_known(f, launch))
     ]
 
+
+_ELSEWHERE: Final = {
+    "skyrl": ("MB-CFG-pad_fixed",),
+    "verl": ("MB-CFG-pad_fixed",),
+}
+"""Rules of other frameworks' data paths: these two exchange sequences of any length."""
 
 _CONNECTIONS: Final = "env.CUDA_DEVICE_MAX_CONNECTIONS"
 
@@ -199,54 +207,77 @@ def _connections_known(finding: Finding, launch: Launch) -> bool:
     return value != "1"
 
 
+def _note(
+    name: str, field_name: str, value: object, rule: str, remedy: str, severity: Severity
+) -> Finding:
+    shown = "" if value is None else f" = {value}"
+    return Finding(
+        id=name,
+        severity=severity,
+        field=field_name,
+        value=value,
+        rule=rule,
+        remedy=remedy,
+        message=f"{field_name}{shown}: {rule} {remedy}",
+    )
+
+
 def _told(launch: Launch) -> list[Finding]:
     """Return what the launch does without saying so that no rule of its framework tells."""
     words = launch.words
     found: list[Finding] = []
     if launch.gpus is None:
-        found.append(
-            Finding(
-                id="gpus_unknown",
-                severity="note",
-                field="gpus",
-                value=None,
-                rule="The launch does not say how many processes it starts.",
-                remedy="Give --gpus; the smallest world is assumed.",
-                message="gpus: the launch does not say how many processes it starts; the smallest"
-                " world is assumed. Give --gpus.",
-            )
-        )
+        rule = "The launch does not say how many processes it starts; the smallest world is taken."
+        found.append(_note("gpus_unknown", "gpus", None, rule, "Give --gpus.", "note"))
     connections = launch.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
     sharded = words.get("use_torch_fsdp2") or words.get("use_megatron_fsdp")
     if sharded and connections == "1" and launch.framework not in _OWN_RULES:
+        rule = (
+            "Fully sharded training overlaps gathers with compute over several queues; with one"
+            " connection the overlap is lost without a message."
+        )
+        remedy = "Unset it, or use 16 or 32."
+        name = "CUDA_DEVICE_MAX_CONNECTIONS"
+        found.append(_note("MLM-ENV-fsdp", name, connections, rule, remedy, "warning"))
+    if _is_unbalanced(words):
+        rule = (
+            "Nothing balances the experts: no auxiliary loss, no router bias, no capacity. Some"
+            " ranks will get far more tokens than others, and all wait for them."
+        )
+        remedy = "Use an auxiliary loss coefficient of 0.01, or a router bias."
+        value = words.get("moe_aux_loss_coeff")
         found.append(
-            Finding(
-                id="MLM-ENV-fsdp",
-                severity="warning",
-                field="CUDA_DEVICE_MAX_CONNECTIONS",
-                value=connections,
-                rule="Fully sharded training overlaps gathers with compute over several queues;"
-                " with one connection the overlap is lost without a message.",
-                remedy="Unset CUDA_DEVICE_MAX_CONNECTIONS, or use 16 or 32.",
-                message="CUDA_DEVICE_MAX_CONNECTIONS = 1 with fully sharded training: the overlap"
-                " is lost without a message. Unset it, or use 16 or 32.",
-            )
+            _note("experts_are_balanced", "moe_aux_loss_coeff", value, rule, remedy, "warning")
         )
     return found
+
+
+def _is_unbalanced(words: Mapping[str, Any]) -> bool:
+    """Say whether a launch that has experts states that nothing balances them."""
+    kind, coefficient = words.get("moe_router_load_balancing_type"), words.get("moe_aux_loss_coeff")
+    stated = kind == "none" or (kind is not None and not coefficient and kind != "sinkhorn")
+    held = words.get("moe_router_enable_expert_bias") or words.get("moe_expert_capacity_factor")
+    return bool(words.get("num_moe_experts")) and stated and not held
+
+
+def _idle(said: Iterable[Finding], x: Layout[int], launch: Launch) -> list[Finding]:
+    """Return what is asked for and does nothing in this layout."""
+    if x.zero != Zero.optim or x.dp * x.cp > 1 or any("dist_opt" in f.id for f in said):
+        return []
+    shared = bool(launch.words.get("num_moe_experts")) and x.edp > 1
+    if shared or not launch.words.get("use_distributed_optimizer"):
+        return []
+    rule = "With dp*cp = 1 there is nobody to share the optimizer with: every rank holds it whole."
+    remedy = "Count it whole, or use more GPUs."
+    name = "use_distributed_optimizer"
+    return [_note("optimizer_is_not_shared", name, True, rule, remedy, "warning")]
 
 
 def _other_size(cluster: Cluster, x: Layout[int]) -> Finding:
     rule = f"The launch starts {x.world_size} processes; the cluster has {cluster.num_gpus} GPUs."
     remedy = f"Start {cluster.num_gpus} processes, or check on {x.world_size} GPUs."
-    return Finding(
-        id="cluster_size",
-        severity="error" if x.world_size > cluster.num_gpus else "warning",
-        field="gpus",
-        value=x.world_size,
-        rule=rule,
-        remedy=remedy,
-        message=f"gpus = {x.world_size}: {rule} {remedy}",
-    )
+    severity: Severity = "error" if x.world_size > cluster.num_gpus else "warning"
+    return _note("cluster_size", "gpus", x.world_size, rule, remedy, severity)
 
 
-__all__ = ["FRAMEWORKS", "CheckResult", "check", "check_launch_read", "grids"]
+__all__ = ["CheckResult", "check", "check_launch_read", "grids"]

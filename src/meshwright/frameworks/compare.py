@@ -308,5 +308,12 @@ def _notes(a: Side, b: Side) -> list[str]:
                 f"{side.name}: not priced; give --cluster, and see check for what is wrong"
             )
     if a.layout is not None and b.layout is not None and a.model is not None:
-        notes += notes_on(a.model, a.layout, b.layout)
+        notes += notes_on(a.model, a.layout, b.layout, (_divisor(a), _divisor(b)))
     return notes
+
+
+def _divisor(side: Side) -> int:
+    """Return what the vocabulary is padded to a multiple of, times TP."""
+    words = {} if side.result is None else side.result.launch.words
+    value = words.get("make_vocab_size_divisible_by")
+    return value if isinstance(value, int) and value > 0 else 128

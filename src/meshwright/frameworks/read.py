@@ -315,11 +315,24 @@ def _read_overrides(
         if o.unknown and _MATTERS.search(o.path)
     ]
     started_by = chosen.counts.total if chosen is not None else 0
-    reading: Reading = module.read(
-        known, chosen, gpus or started_by or None, {**environment, **(env or {})}
-    )
+    asked, known_env = gpus or started_by or None, {**environment, **(env or {})}
+    if framework == "megatron-lm":
+        reading: Reading = module.read_settings(known, asked, known_env)
+    else:
+        reading = module.read(known, chosen, asked, known_env)
     world = gpus or reading.gpus or started_by or None
+    lost += _unknown_words(chosen)
     return _launch(framework, reading, world, environment, (*unread, *lost))
+
+
+def _unknown_words(chosen: Started | None) -> list[str]:
+    """List the arguments that only a running shell knows: ``$@``, ``$EXTRA_ARGS``."""
+    args = () if chosen is None else chosen.args
+    return [
+        f"line {word.line}: {word.text[:80]} is not known without running it"
+        for before, word in zip((Word("", 0), *args), args, strict=False)
+        if word.unknown and "=" not in word.text and not before.text.startswith("--")
+    ]
 
 
 def _launch(

@@ -105,8 +105,13 @@ def _kept(known: Known, after: Layout[int]) -> list[str]:
     ]
 
 
-def notes_on(model: Model, a: Layout[int], b: Layout[int]) -> list[str]:
-    """Return what silently differs between two layouts of a run: data order, padded vocabulary."""
+def notes_on(
+    model: Model, a: Layout[int], b: Layout[int], divisors_of: tuple[int, int] = (128, 128)
+) -> list[str]:
+    """Return what silently differs between two layouts of a run: data order, padded vocabulary.
+
+    ``divisors_of`` is what the vocabulary of each is padded to a multiple of, times TP.
+    """
     notes: list[str] = []
     if a.dp != b.dp:
         notes.append(
@@ -114,11 +119,14 @@ def notes_on(model: Model, a: Layout[int], b: Layout[int]) -> list[str]:
             " positions of the data loader do not carry over; weights and optimizer state do if"
             " the checkpoint is reshardable."
         )
-    padded = [padded_vocabulary(model.vocab_size, x.tp) for x in (a, b)]
+    padded = [
+        padded_vocabulary(model.vocab_size, x.tp, divisor)
+        for x, divisor in zip((a, b), divisors_of, strict=True)
+    ]
     if padded[0] != padded[1]:
         notes.append(
-            f"Padded vocabulary {padded[0]} -> {padded[1]} (a multiple of 128*tp): checkpoints do"
-            " not fit without re-padding, and loss curves are not comparable."
+            f"Padded vocabulary {padded[0]} -> {padded[1]} (a multiple of the divisor times tp):"
+            " checkpoints do not fit without re-padding, and loss curves are not comparable."
         )
     return notes
 

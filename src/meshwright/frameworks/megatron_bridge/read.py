@@ -8,16 +8,19 @@ from typing import Any, Final
 
 from meshwright.describe.model import Model
 from meshwright.errors import MeshwrightError
+from meshwright.findings import Finding
 from meshwright.frameworks.launch import Reading, Setting
 from meshwright.frameworks.launchers import Started
 from meshwright.frameworks.megatron_bridge.launch import resolve
 from meshwright.frameworks.megatron_bridge.settings import setting_of, settings
+from meshwright.frameworks.megatron_lm.launch import Resolved
 from meshwright.frameworks.megatron_lm.read import settings_of
 from meshwright.frameworks.overrides import Override
 from meshwright.frameworks.words_model import find_model, model_words
 from meshwright.parallel.layout import minimum_world_size
 
 TITLE: Final = "Megatron-Bridge"
+MOST_REFUSED: Final = 8
 _RECIPE_FLAGS: Final = ("--recipe", "--recipe_name")
 _SECTIONS: Final = ("cfg.", "config.", "self.")
 _CONTAINERS: Final = {
@@ -54,8 +57,17 @@ def read(
         reading.assumed.append(
             f"{gpus} GPUs: the launch does not say how many; the smallest world is taken"
         )
+    refused: list[Finding] = []
     resolved = resolve(argv, gpus, env)
-    reading.findings = list(resolved.findings)
+    while _is_refused(resolved) and len(refused) < MOST_REFUSED:
+        refused.append(resolved.findings[0])
+        shorter = [a for a in argv if a.partition("=")[0].lstrip("+") != refused[-1].field]
+        if len(shorter) == len(argv):
+            break
+        argv = shorter
+        resolved = resolve(argv, gpus, env)
+    left = [] if _is_refused(resolved) else resolved.findings
+    reading.findings = [*refused, *left]
     origins = {setting_of(p): f"recipe {recipe}" for p in base}
     origins |= {setting_of(p): o.origin for p, o in known}
     reading.settings = settings_of(resolved, origins, TITLE)
@@ -66,6 +78,10 @@ def read(
 
 
 _UNDOTTED: Final = frozenset({"dataset_kind", "mixed_precision"})
+
+
+def _is_refused(resolved: Resolved) -> bool:
+    return bool(resolved.findings) and resolved.findings[0].id == "MB-OVERRIDE"
 
 
 def _path(path: str) -> str:

@@ -10,15 +10,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from meshwright.findings import Finding
 from meshwright.frameworks.launch import Reading, Setting
 from meshwright.frameworks.megatron_lm.arguments import Argument, arguments, by_name
 from meshwright.frameworks.megatron_lm.launch import Resolved, resolve
-from meshwright.frameworks.overrides import origin_of
+from meshwright.frameworks.overrides import Override, origin_of, value_of
 from meshwright.frameworks.shell import Word
 from meshwright.parallel.layout import minimum_world_size
 
 TITLE: Final = "Megatron-LM"
 MOST_GPUS: Final = 2**20
+MOST_REFUSED: Final = 8
 
 _RENAMED: Final = {
     "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
@@ -52,7 +54,8 @@ _SAME: Final = (
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_layer_freq"),
     *("moe_router_enable_expert_bias", "mtp_num_layers", "multi_latent_attention"),
     *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
-    "window_size",
+    *("window_size", "moe_aux_loss_coeff", "moe_router_load_balancing_type"),
+    "make_vocab_size_divisible_by",
 )
 """Words that are attributes of Megatron-LM's arguments."""
 
@@ -75,9 +78,51 @@ def read(
         reading.assumed.append(
             f"{gpus} GPUs: the launch does not say how many; the smallest world is taken"
         )
+    refused: list[Finding] = []
     resolved = resolve(argv, min(gpus, MOST_GPUS), env)
-    reading.findings = list(resolved.findings)
+    while _is_refused(resolved) and len(refused) < MOST_REFUSED:
+        refused.append(resolved.findings[0])
+        shorter = _without(argv, refused[-1].field)
+        if len(shorter) == len(argv):
+            break
+        argv = shorter
+        resolved = resolve(argv, min(gpus, MOST_GPUS), env)
+    left = [] if _is_refused(resolved) else resolved.findings
+    reading.findings = [*refused, *left]
     reading.settings = settings_of(resolved, origins, TITLE)
+    return reading
+
+
+def _is_refused(resolved: Resolved) -> bool:
+    return bool(resolved.findings) and resolved.findings[0].id == "MLM-ARGPARSE"
+
+
+def _without(argv: Sequence[str], flag: str) -> list[str]:
+    """Return the command line without a flag that was refused, so that the rest can be read."""
+    out: list[str] = []
+    skipping = False
+    for word in argv:
+        if word.startswith("--"):
+            skipping = word.partition("=")[0] == flag
+        if not skipping:
+            out.append(word)
+    return out
+
+
+def read_settings(
+    found: Sequence[Override], gpus: int | None, env: Mapping[str, object] | None = None
+) -> Reading:
+    """Read settings by name, as a YAML configuration of Megatron-LM has them."""
+    words: list[Word] = []
+    lost: list[str] = []
+    for override in found:
+        argument = by_name().get(override.path.rpartition(".")[2])
+        if argument is None:
+            lost.append(f"{override.origin}: there is no such argument")
+        elif override.value is not None:
+            words += [Word(text, 0) for text in flag_for(argument, override.value)]
+    reading = read(words, gpus, env)
+    reading.unread += lost[:50]
     return reading
 
 
@@ -126,7 +171,7 @@ def _list_unread(reading: Reading, word: Word, group: Sequence[Word]) -> None:
 
 def _smallest_world(argv: Sequence[str]) -> int:
     values: dict[str, int] = {}
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         name, sign, joined = flag.partition("=")
         text = joined if sign else value
         if name in _DEGREE_FLAGS and re.fullmatch(r"\d{1,6}", text):
@@ -230,8 +275,6 @@ def read_dump(text: str) -> Reading:
 
 def _dumped(name: str, text: str) -> Any:
     """Return a value as Python printed it."""
-    from meshwright.frameworks.overrides import value_of
-
     value = value_of(text)
     if name == "data_parallel_sharding_strategy" or isinstance(value, str):
         return value if not isinstance(value, str) else value.strip("'\"")
