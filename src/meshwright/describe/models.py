@@ -62,6 +62,17 @@ def load_model(text: str) -> Model:
     raise ModelError("model", text, "No file and no known model has this name.", _name_remedy(text))
 
 
+def load_config(text: str) -> Mapping[str, Any]:
+    """Return the config that ``load_model`` reads, as it stands. Raises what that raises."""
+    load_model(text)
+    key = text.strip().lower()
+    if key in _known_files():
+        file = resources.files("meshwright.describe") / "configs" / f"{key}.json"
+        return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))
+    path = Path(text).expanduser()
+    return _read_json(path / "config.json" if path.is_dir() else path)
+
+
 def build_model(config: Mapping[str, Any], name: str = "") -> Model:
     """Return the model of a Hugging Face config.
 

@@ -15,6 +15,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -27,6 +28,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from meshwright.errors import LaunchError, MeshwrightError
 
@@ -161,19 +164,78 @@ def join_torchrun(world_size: int, timeout_s: float) -> Generator[int, None, Non
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // started))
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", started))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // beside))
+    store = _meet(rank, world_size, "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout_s)
     try:
+        yield rank
+        dist.barrier()
+    except MeshwrightError as error:
+        _tell(store, rank, str(error))
+        raise
+    except RuntimeError as error:
+        own = _describe(error)[1]
+        if not _is_echo(own):
+            _tell(store, rank, own)
+            raise
+        culprit, cause = _who_failed(store, world_size) or (rank, own)
+        rule = f"It stopped: {cause}."
+        raise LaunchError("rank", culprit, rule, "Correct the cause; resume.") from None
+    finally:
+        # A process that exits with its group alive can abort in the group's threads.
+        dist.destroy_process_group()
+
+
+def _meet(rank: int, world_size: int, backend: str, timeout_s: float) -> Store:
+    """Meet the others at the address that torchrun told, and leave word of where this rank runs."""
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s)
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
+        store.set(f"meshwright/process/{rank}", f"{os.getpid()} {socket.gethostname()}")
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0]
         rule = f"The ranks did not meet: {text}."
         remedy = "Check that every rank started, and that MASTER_PORT is free."
         raise LaunchError("rank", rank, rule, remedy) from None
-    yield rank
-    dist.barrier()
-    dist.destroy_process_group()
+    return store
+
+
+def _tell(store: Store, rank: int, cause: str) -> None:
+    with contextlib.suppress(RuntimeError):
+        store.set(f"meshwright/failure/{rank}", cause)
+
+
+def _who_failed(store: Store, world_size: int) -> tuple[int, str] | None:
+    """Return the rank that broke the connection and why: its own word, or its death on this host.
+
+    A rank that died elsewhere without a word is not found.
+    """
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(RuntimeError):
+            for rank in range(world_size):
+                if store.check([f"meshwright/failure/{rank}"]):
+                    return rank, store.get(f"meshwright/failure/{rank}").decode()
+                pid, host = store.get(f"meshwright/process/{rank}").decode().split()
+                if host == socket.gethostname() and not _is_running(int(pid)):
+                    return rank, "its process is gone (killed, or out of memory)"
+        time.sleep(0.1)
+    return None
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        # A killed process that torchrun has not collected yet is a zombie.
+        return file.read().rpartition(")")[2].split()[0] != "Z"
+    return True
 
 
 def _die_with_parent(parent: int) -> None:
@@ -237,20 +299,20 @@ def _first_cause(
 ) -> MeshwrightError:
     """Choose what to tell: a death or an own error before the lost connections that follow it."""
 
-    def echo(text: str) -> bool:
-        words = ("onnection", "gloo", "Timed out", "peer", "Broken pipe")
-        return text.startswith(("RuntimeError", "DistBackendError", "Dist")) and any(
-            word in text for word in words
-        )
-
     rank, (_, own, text, where) = min(
-        failures.items(), key=lambda item: (echo(item[1][2]), item[1][0])
+        failures.items(), key=lambda item: (_is_echo(item[1][2]), item[1][0])
     )
     if own is not None:
         kind, attributes = own
         return kind(*attributes)
     place = f" at {where}" if where else ""
     return LaunchError("rank", rank, f"It stopped: {text}{place}.", "Every rank was ended.")
+
+
+def _is_echo(text: str) -> bool:
+    """Whether an error only tells that a peer is gone."""
+    words = ("onnection", "gloo", "Timed out", "timed out", "peer", "Broken pipe", "NCCL")
+    return text.startswith(("RuntimeError", "Dist")) and any(word in text for word in words)
 
 
 def _how_it_died(process: BaseProcess) -> str:

@@ -29,7 +29,7 @@ from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.launch import join_torchrun
 from meshwright.runtime.legality import check_runnable
 from meshwright.runtime.train_log import Log
-from meshwright.runtime.train_settings import DTYPES, TrainReport, TrainSettings
+from meshwright.runtime.train_settings import DECAYS, DTYPES, TrainReport, TrainSettings
 from meshwright.runtime.weights import load_weights
 
 WSD_DECAY_FRACTION = 0.1
@@ -56,7 +56,7 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
             return low + (lr - low) * (1 - done)
         case "cosine":
             return low + (lr - low) * (1 + math.cos(math.pi * done)) / 2
-        case "wsd":
+        case _:
             left = min(1.0, (1 - done) / WSD_DECAY_FRACTION)
             return low + (lr - low) * left
 
@@ -70,6 +70,8 @@ def check_settings(settings: TrainSettings) -> None:
             raise JobError(f"train.{name}", value, f"It is at least {low}.", f"Use {low}.")
     if settings.dtype not in DTYPES:
         raise JobError("train.dtype", settings.dtype, "Unknown.", f"Use {' or '.join(DTYPES)}.")
+    if settings.decay not in DECAYS:
+        raise JobError("train.decay", settings.decay, "Unknown.", f"Use {' or '.join(DECAYS)}.")
     if settings.save_every and settings.checkpoints is None:
         rule = "Saving needs a folder."
         raise JobError("train.save_every", settings.save_every, rule, "Give checkpoints.")
@@ -159,7 +161,12 @@ class _Run:
             self.checkpointer.wait()
         if stopped:
             self.log.say(f"stopped by a signal after step {self.step}")
-        return TrainReport(step=self.step, losses=self.losses, stopped=stopped)
+        return TrainReport(
+            rank=self.engine.context.groups.rank,
+            step=self.step,
+            losses=self.losses,
+            stopped=stopped,
+        )
 
     def _one_step(self) -> None:
         start_s = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import torch
 
@@ -11,7 +11,7 @@ from meshwright.parallel.layout import Layout
 from meshwright.runtime.optimizer import OptimizerSettings
 from meshwright.runtime.shape import ModelShape
 
-Decay = Literal["constant", "linear", "cosine", "wsd"]
+DECAYS = ("constant", "linear", "cosine", "wsd")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -34,7 +34,7 @@ class TrainSettings:
     seed: int = 1234
     data: str = "mock"
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    decay: Decay = "cosine"
+    decay: str = "cosine"
     warmup_steps: int = 0
     min_lr: float = 0.0
     checkpoints: str | None = None
@@ -55,6 +55,11 @@ class TrainSettings:
 class TrainReport:
     """How a run ended: ``step`` is the last one made, ``stopped`` whether a signal ended it."""
 
+    rank: int
     step: int
     losses: list[float]
     stopped: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as a JSON object."""
+        return {"step": self.step, "losses": self.losses, "stopped": self.stopped}
