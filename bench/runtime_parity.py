@@ -138,12 +138,18 @@ def measure(cases: Iterator[tuple[str, str]]) -> Iterator[Row]:
         yield row
 
 
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def summary(rows: list[Row], seconds: float) -> str:
     done = [(row, row.report) for row in rows if row.report is not None]
     lines = [
         "# Runtime parity: layouts against one process",
         "",
-        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, gloo on CPU, "
+        f"{datetime.date.today()}, {cpu()}, {os.cpu_count()} cores, gloo on CPU, "
         f"{seconds:.0f} s for all.",
         "3 AdamW steps with clipping; largest relative differences of losses, of each gradient to "
         "its norm, of each parameter to its norm.",

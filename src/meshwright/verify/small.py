@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from meshwright.errors import LayoutError, MeshwrightError
 from meshwright.parallel.layout import Layout
+from meshwright.parallel.placement import read_pipeline_layout
 from meshwright.runtime.groups import cp_levels
 from meshwright.runtime.shape import MlaShape, ModelShape, MoeShape
 from meshwright.runtime.stages import placement_of
@@ -119,9 +120,14 @@ def _latent(mla: MlaShape) -> MlaShape:
 
 
 def _with_layers(small: ModelShape, shape: ModelShape, x: Layout[int]) -> ModelShape:
-    """Return the model with the fewest layers, two or more, that the placement allows."""
+    """Return the model with the fewest layers, two or more, that can be placed so.
+
+    A pipeline layout says itself how many.
+    """
     refusal: MeshwrightError | None = None
-    for count in range(2, MOST_LAYERS):
+    spelled = "".join(read_pipeline_layout(x.pipeline_layout)) if x.pipeline_layout else ""
+    counts = [max(1, spelled.count("t"))] if spelled else range(2, MOST_LAYERS)
+    for count in counts:
         made = replace(
             small,
             num_layers=count,
