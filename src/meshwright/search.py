@@ -123,6 +123,7 @@ def search(
         return Found([], [], None, candidates, 0, 0, 0, time.perf_counter() - began)
     parts = _priced_parts(model, cluster, job, tables, factors or fitted())
     peak, bound = _bounds(parts, legal, report)
+    report("sorting", 0, 1)
     limit = min(capacity_bytes(cluster, job), max_memory_bytes or math.inf)
     fits = peak <= limit * (1.0 - BAND_FRACTION)
     if not fits.any():
@@ -185,7 +186,7 @@ def _best_first(
 ) -> tuple[list[Ranked], int]:
     """Simulate rows in the order of their bounds until no bound can enter the top."""
     rows, seconds = np.zeros(0, dtype=np.intp), np.zeros(0)
-    done, batch, worst = 0, max(32, 2 * top), math.inf
+    done, batch, worst = 0, max(8, top), math.inf
     while done < len(order) and bound[order[done]] <= worst:
         chosen = order[done : done + batch]
         chosen = chosen[bound[chosen] <= worst]

@@ -145,9 +145,10 @@ def matmul_dtype(cluster: Cluster, job: Job) -> str:
 
 def _time(t: Table, g: Group) -> dict[str, float]:
     p, s, m = t.priced, g.stages, float(g.key.num_microbatches)
-    with_messages = simulate_group(t, g, t.message_s[g.rows])
-    without = simulate_group(t, g, np.zeros_like(t.message_s[g.rows]))
-    slowest = int(np.argmax(with_messages.busy_s[0]))
+    # The same row twice: with messages between stages, and without.
+    twice = replace(g, rows=np.repeat(g.rows, 2), slice_of=np.repeat(g.slice_of, 2))
+    simulated = simulate_group(t, twice, t.message_s[g.rows] * np.array([1.0, 0.0]))
+    slowest = int(np.argmax(simulated.busy_s[0]))
     both = (p.by_kind_forward + p.by_kind_backward)[g.slices[0]]
     work = m * np.einsum("k,kc->c", s.own[slowest], both)
     again = m * float(np.einsum("k,k->", s.own_reruns[slowest], p.reruns[g.slices[0]]))
@@ -155,7 +156,7 @@ def _time(t: Table, g: Group) -> dict[str, float]:
     compute = float(work[COMPUTE])
     comm = {"tp_comm_s": TP, "cp_comm_s": CP, "ep_comm_s": EP}
     own = compute + again + sum(float(work[c]) for c in comm.values())
-    whole, quiet = float(with_messages.step_s[0]), float(without.step_s[0])
+    whole, quiet = simulated.step_s.tolist()
     return {
         "compute_s": compute,
         "recompute_s": again,

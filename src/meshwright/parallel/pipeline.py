@@ -332,7 +332,10 @@ def _held(actions: tuple[Action, ...], vpp: int, frees: str) -> Ints:
     change = np.array([(a.kind == "F") - (a.kind == frees) for a in actions])
     chunk = np.array([a.chunk for a in actions])
     held = np.cumsum(change[:, None] * (chunk[:, None] == np.arange(vpp)), axis=0)
-    held = np.unique(held[change > 0], axis=0)
+    # More is held after the next F than before it.
+    last = (change > 0) & (np.append(change[1:], 0) <= 0)
+    rows: list[list[int]] = held[last].tolist()
+    held = np.array(sorted({tuple(row) for row in rows}), dtype=np.int64)
     exceeded = (held[:, None] <= held).all(axis=2).sum(axis=1) > 1
     held = held[~exceeded]
     held.flags.writeable = False
