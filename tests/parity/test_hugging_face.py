@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,26 @@ def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(DocumentError, match=r"layers\.2\."):
         _logits(0, "tp=1", str(tmp_path), "")
+
+
+def _adapted_logits(rank: int, folder: str, saved: str) -> Any:
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    shape = replace(shape_of(build_model(config), config), lora_rank=4)
+    settings = Settings(seq_len=SEQ_LEN, gbs=4, noise=0.3)
+    engine = Engine(shape, from_text("tp=2"), settings, rank=rank)
+    load_weights(engine, Path(folder))
+    save_weights(engine, Path(saved), config)
+    found = engine.logits(_tokens())
+    return None if found is None else found.tolist()
+
+
+def test_saved_weights_hold_the_low_rank_changes(tmp_path: Path) -> None:
+    expected = _reference("llama", {}, tmp_path)
+    saved = tmp_path / "saved"
+    adapted = torch.tensor(
+        run_ranks(2, _adapted_logits, str(tmp_path), str(saved), timeout_s=60)[0]
+    )
+    assert (adapted - expected).abs().max() > 1e-2
+    again = transformers.AutoModelForCausalLM.from_pretrained(saved, torch_dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(_tokens()).logits, adapted, rtol=1e-4, atol=1e-4)

@@ -46,6 +46,10 @@ ALONE = [
     ("deepseek_v3", "tp=2"),
     ("deepseek_v3", "pp=2 vpp=2 schedule=zb_v"),
     ("deepseek_v3", "cp=2"),
+    ("lora", "tp=4"),
+    ("lora", "pp=2 vpp=2 schedule=zb_v"),
+    ("deepseek_v2_lora", "tp=2 ep=2"),
+    ("deepseek_v2_lora", "dp=2 zero=optim_grads_params"),
 ]
 PAIRS = [
     ("default", "tp=2 dp=2 zero=optim_grads_params"),

@@ -104,6 +104,16 @@ def test_bf16_trains_with_float32_master_weights() -> None:
         assert bf16.losses == pytest.approx(fp32.losses, rel=0.03)
 
 
+def test_low_rank_changes_train_resume_and_leave_the_rest_alone(tmp_path: Path) -> None:
+    settings = _settings("tp=2", checkpoints=str(tmp_path), save_every=4)
+    settings = replace(settings, shape=replace(settings.shape, lora_rank=4))
+    whole = _run(settings)
+    assert whole.losses[-1] < whole.losses[0]
+    shutil.rmtree(complete_checkpoints(tmp_path)[-1])
+    resumed = _run(replace(settings, layout=from_text("pp=2")))
+    assert resumed.losses == pytest.approx(whole.losses[4:], rel=2e-6)
+
+
 def test_a_corpus_trains_and_resumes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 101, size=n).astype(np.int32) for n in (100, 7, 300, 64)]

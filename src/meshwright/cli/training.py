@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -51,6 +52,13 @@ def train(
     weights: Annotated[
         str | None, typer.Option("--weights", help="Hugging Face folder to start from.")
     ] = None,
+    lora_rank: Annotated[
+        int, typer.Option("--lora-rank", help="Train low-rank changes alone; 0: all weights.")
+    ] = 0,
+    lora_alpha: Annotated[float, typer.Option("--lora-alpha")] = 16.0,
+    save_weights: Annotated[
+        str | None, typer.Option("--save-weights", help="Hugging Face folder to write at the end.")
+    ] = None,
     log_every: Annotated[int, typer.Option("--log-every")] = 1,
     metrics: Annotated[
         str | None, typer.Option("--metrics", help="File of JSON lines, one a step.")
@@ -80,12 +88,12 @@ def train(
     from meshwright.runtime.train import train as run
     from meshwright.runtime.train_settings import TrainSettings
 
-    described = load_model(model)
+    described, config = load_model(model), dict(load_config(model))
     if not all(part.isdigit() for part in profile_ranks.split(",")):
         raise JobError("train.profile_ranks", profile_ranks, "It lists ranks.", "Write 0,3.")
     report = run(
         TrainSettings(
-            shape=shape_of(described, load_config(model)),
+            shape=replace(shape_of(described, config), lora_rank=lora_rank, lora_alpha=lora_alpha),
             layout=from_text(layout, gpus=_world_size()),
             seq_len=seq_len,
             gbs=gbs,
@@ -101,6 +109,8 @@ def train(
             save_every=save_every,
             keep=keep,
             weights=weights,
+            save_weights=save_weights,
+            config=config,
             log_every=log_every,
             metrics=metrics,
             profile=profile,

@@ -20,6 +20,7 @@ from meshwright.runtime.decoder import Chunk, ChunkPlan, Vocabulary
 from meshwright.runtime.groups import build_groups
 from meshwright.runtime.layers import rope_tables
 from meshwright.runtime.optimizer import Optimizer, OptimizerSettings
+from meshwright.runtime.parameters import parameters_of
 from meshwright.runtime.pipeline_parallel import Pipeline as PipelineRunner
 from meshwright.runtime.shape import ModelShape
 from meshwright.runtime.stages import placement_of, schedule_of, table_ranks
@@ -99,6 +100,9 @@ class Engine:
             chunk = Chunk(context, plan, table)
             table = getattr(chunk, "embed_tokens", table)
             chunks.append(chunk)
+        if self.shape.lora_rank:
+            for member in (p for chunk in chunks for p in parameters_of(chunk)):
+                member.requires_grad_(member.box.adapter)
         return chunks
 
     @property

@@ -10,6 +10,7 @@ d features of a head, f feed-forward features here.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -56,7 +57,7 @@ class Linear(nn.Module):
             dim = 0 if split == "out" else 1
             local[dim] //= blocks
             offsets[dim] = block * local[dim]
-        replicated = "tp" if context.sp and not split else ""
+        replicated: Partial = "tp" if context.sp and not split else ""
         copies = not split or blocks < tp.size
         # Of the ranks that hold the same part the first counts.
         counted = context.groups.kv.index == 0 if split else tp.index == 0
@@ -72,7 +73,8 @@ class Linear(nn.Module):
         self.bias: ShardedParameter | None = None
         if bias:
             column = split == "out"
-            bias_box = Box(
+            bias_box = replace(
+                box,
                 name=f"{name}.bias",
                 shape=(out_features,),
                 offsets=(offsets[0] if column else 0,),
@@ -83,14 +85,69 @@ class Linear(nn.Module):
             )
             size = local[0] if column else out_features
             self.bias = parameter(bias_box, (size,), context.dtype)
+        self.lora: LowRank | None = None
+        if context.shape.lora_rank:
+            self.lora = LowRank(context, name, box, (local[0], local[1]), split)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product; ``add_bias`` adds a row-parallel layer's bias after leaving."""
-        return linear(x, self.weight, None if self.split == "in" else self.bias, self.later)
+        y = linear(x, self.weight, None if self.split == "in" else self.bias, self.later)
+        return y if self.lora is None else y + self.lora(x)
 
     def add_bias(self, y: Tensor) -> Tensor:
         """Add the bias of a row-parallel layer to the reduced output."""
         return y if self.bias is None else y + self.bias
+
+
+class LowRank(nn.Module):
+    """The trained low-rank change of a frozen linear layer (LoRA, arXiv:2106.09685).
+
+    ``A`` follows the split of the inputs, ``B`` that of the outputs; the other of the two is whole
+    on every TP rank, which sees a part of what its gradient is made of.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        name: str,
+        base: Box,
+        local: tuple[int, int],
+        split: Literal["", "out", "in"],
+    ) -> None:
+        super().__init__()
+        shape, tp = context.shape, context.groups.tp
+        rank = shape.lora_rank
+        self.later, self.scale = context.later, shape.lora_alpha / rank
+        whole: Partial = "tp" if tp.size > 1 and (split or context.sp) else ""
+        first = tp.index == 0
+        a = replace(
+            base,
+            name=f"{name}.lora_A.weight",
+            shape=(rank, base.shape[1]),
+            offsets=(0, base.offsets[1]),
+            std=base.shape[1] ** -0.5,
+            adapter=True,
+            partial="" if split == "in" else whole,
+            counted=True if split == "in" else first,
+        )
+        b = replace(
+            base,
+            name=f"{name}.lora_B.weight",
+            shape=(base.shape[0], rank),
+            offsets=(base.offsets[0], 0),
+            init="zeros",
+            adapter=True,
+            partial=base.partial if split == "out" else whole,
+            counted=base.counted if split == "out" else first,
+        )
+        self.lora_A = parameter(a, (rank, local[1]), context.dtype)
+        self.lora_B = parameter(b, (local[0], rank), context.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``alpha / r * B A x``."""
+        return self.scale * linear(
+            linear(x, self.lora_A, None, self.later), self.lora_B, None, self.later
+        )
 
 
 class RmsNorm(nn.Module):

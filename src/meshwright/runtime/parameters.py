@@ -30,10 +30,10 @@ each saw only some of its queries.
 class Box:
     """Where a local tensor lies in the global one.
 
-    ``shape`` is the global shape; the local part starts at ``offsets`` and may run past the end of
-    dim 0 (vocabulary padding). ``expert`` parameters live on the expert mesh. ``copies_over_tp``:
-    TP ranks hold equal copies, which count once in norms. ``tied`` marks a table that other
-    pipeline ranks hold too.
+    ``shape`` is the global shape; the local part starts at ``offsets`` and may run past the end
+    of dim 0 (vocabulary padding). ``expert`` parameters live on the expert mesh. ``tied`` marks
+    a table that other pipeline ranks hold too, ``adapter`` a part of a low-rank change.
+    ``counted`` is true for one of all equal copies.
     """
 
     name: str
@@ -43,8 +43,8 @@ class Box:
     std: float = 0.02
     expert: bool = False
     partial: Partial = ""
-    copies_over_tp: bool = False
     tied: bool = False
+    adapter: bool = False
     counted: bool = True
     decay: bool = True
 

@@ -213,15 +213,15 @@ class _Step:
         if action.kind == "I":
             assert later is not None
             later.deferring = True
-        torch.autograd.backward(out, grad)
+        if out.requires_grad:
+            torch.autograd.backward(out, grad)
         if action.kind == "I" and later is not None:
             later.deferring = False
             self.weight_work[place] = later.take()
         else:
             pipeline.dp.after_backward(action.chunk)
         if x is not None:
-            assert x.grad is not None
-            self._send(action, x.grad)
+            self._send(action, x.grad if x.grad is not None else torch.zeros_like(x))
 
     def _send(self, action: Action, x: Tensor) -> None:
         sent = message_of(self.pipeline.schedule, self.pipeline.rank, action)

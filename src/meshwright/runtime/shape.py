@@ -89,10 +89,12 @@ class ModelShape:
     """A decoder: sizes and choices, Hugging Face words.
 
     ``moe_layers`` are the layers with experts. ``qk_norm``: ``head`` normalises each head,
-    ``whole`` all heads together. ``norms``: ``pre`` before each branch, ``post`` after it (OLMo 2).
-    ``window`` limits how far back a token attends (0: no limit), on the layers in
+    ``whole`` all heads together. ``norms``: ``pre`` before each branch, ``post`` after it (OLMo
+    2). ``window`` limits how far back a token attends (0: no limit), on the layers in
     ``window_layers``. ``mtp_layers`` counts multi-token-prediction depths (DeepSeek-V3,
-    arXiv:2412.19437) whose loss is weighted by ``mtp_loss_coef``.
+    arXiv:2412.19437) whose loss is weighted by ``mtp_loss_coef``. With ``lora_rank`` > 0 all
+    weights are frozen and every linear layer but experts, router and head learns a low-rank
+    change ``lora_alpha / lora_rank * B A`` (arXiv:2106.09685).
     """
 
     model_type: str = "llama"
@@ -119,6 +121,8 @@ class ModelShape:
     mla: MlaShape | None = None
     mtp_layers: int = 0
     mtp_loss_coef: float = 0.1
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
 
     @property
     def softmax_scale(self) -> float:

@@ -30,7 +30,7 @@ from meshwright.runtime.launch import join_torchrun
 from meshwright.runtime.legality import check_runnable
 from meshwright.runtime.train_log import Log
 from meshwright.runtime.train_settings import DECAYS, DTYPES, TrainReport, TrainSettings
-from meshwright.runtime.weights import load_weights
+from meshwright.runtime.weights import load_weights, save_weights
 
 WSD_DECAY_FRACTION = 0.1
 """Of a warm-up, stable, decay schedule, the part of the steps that decays (arXiv:2404.06395)."""
@@ -70,6 +70,9 @@ def check_settings(settings: TrainSettings) -> None:
             raise JobError(f"train.{name}", value, f"It is at least {low}.", f"Use {low}.")
     if settings.dtype not in DTYPES:
         raise JobError("train.dtype", settings.dtype, "Unknown.", f"Use {' or '.join(DTYPES)}.")
+    if not 0 <= settings.shape.lora_rank <= settings.shape.hidden_size:
+        rank, most = settings.shape.lora_rank, settings.shape.hidden_size
+        raise JobError("train.lora_rank", rank, f"It lies from 0 to {most}.", "Use 16.")
     if settings.decay not in DECAYS:
         raise JobError("train.decay", settings.decay, "Unknown.", f"Use {' or '.join(DECAYS)}.")
     if settings.save_every and settings.checkpoints is None:
@@ -159,6 +162,9 @@ class _Run:
             if saved_at != self.step:
                 self._save()
             self.checkpointer.wait()
+        if settings.save_weights is not None:
+            save_weights(self.engine, Path(settings.save_weights), settings.config)
+            self.log.say(f"weights written to {settings.save_weights}")
         if stopped:
             self.log.say(f"stopped by a signal after step {self.step}")
         return TrainReport(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,8 @@ class TrainSettings:
 
     ``data`` is ``mock`` or the path prefix of a Megatron-LM ``.bin/.idx`` corpus. ``save_every`` 0
     saves at the end alone. A run resumes from the newest whole checkpoint of ``checkpoints``.
-    ``weights`` is a Hugging Face folder to start from. ``model_flops_per_step`` and
+    ``weights`` is a Hugging Face folder to start from, ``save_weights`` one to write at the end,
+    with ``config``. ``model_flops_per_step`` and
     ``peak_flops_per_s`` (of one GPU) are what model FLOP/s and MFU are computed from.
     """
 
@@ -41,6 +43,8 @@ class TrainSettings:
     save_every: int = 0
     keep: int = 0
     weights: str | None = None
+    save_weights: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     log_every: int = 1
     metrics: str | None = None
     profile: str | None = None

@@ -138,7 +138,8 @@ def load_weights(engine: Engine, folder: Path) -> None:
         return out
 
     for buffer in engine.dp.buffers:
-        buffer.fill(values)
+        if not buffer.box.adapter:
+            buffer.fill(values)
 
 
 def _part(
@@ -164,7 +165,8 @@ class _Held:
 def save_weights(engine: Engine, folder: Path, config: Mapping[str, Any]) -> None:
     """Write ``config.json`` and safetensors, in the dtype of the run; rank 0 writes.
 
-    Tensors travel to rank 0 one by one. Files appear under their names when complete.
+    Low-rank changes are added to the weights that they belong to. Tensors travel to rank 0 one by
+    one. Files appear under their names when complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = {
@@ -192,6 +194,16 @@ def save_weights(engine: Engine, folder: Path, config: Mapping[str, Any]) -> Non
 
 
 def _write(writer: _Writer, box: Box, whole: Tensor, shape: ModelShape) -> None:
+    if box.adapter:
+        writer.adapters[box.name] = whole
+        return
+    stem = box.name.removesuffix(".weight")
+    # Sorted by name, a layer's adapters come before its weight.
+    a = writer.adapters.pop(f"{stem}.lora_A.weight", None)
+    b = writer.adapters.pop(f"{stem}.lora_B.weight", None)
+    if a is not None and b is not None:
+        change = b.float() @ a.float() * (shape.lora_alpha / shape.lora_rank)
+        whole = (whole.float() + change).to(whole.dtype)
     names = checkpoint_names(box, shape)
     parts = whole.unbind(0) if box.expert else (whole,)
     for name, part in zip(names, parts, strict=True):
@@ -255,6 +267,7 @@ class _Writer:
     folder: Path
     pending: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     pending_bytes: int = 0
+    adapters: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     written: list[list[str]] = field(default_factory=list[list[str]])
     total_bytes: int = 0
 

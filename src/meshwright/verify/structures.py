@@ -94,4 +94,35 @@ STRUCTURES: dict[str, ModelShape] = {
         window=16,
         window_layers=(0, 2),
     ),
+    "lora": ModelShape(
+        model_type="qwen2",
+        hidden_size=64,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=8,
+        ffn_hidden_size=64,
+        vocab_size=100,
+        qkv_bias=True,
+        lora_rank=4,
+    ),
+    "deepseek_v2_lora": ModelShape(
+        model_type="deepseek_v2",
+        hidden_size=64,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=8,
+        ffn_hidden_size=64,
+        vocab_size=100,
+        mla=MlaShape(
+            q_lora_rank=0, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+        ),
+        moe=MoeShape(
+            num_experts=8, topk=2, ffn_hidden_size=16, shared_ffn_hidden_size=32, names="deepseek"
+        ),
+        moe_layers=(1, 2, 3),
+        rope=Rope(interleaved=True),
+        lora_rank=4,
+    ),
 }
