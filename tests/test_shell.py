@@ -162,7 +162,7 @@ def test_any_text_is_read_without_a_traceback(text: str) -> None:
 
 
 PIECES = st.sampled_from(
-    ["a", "b1", " ", "'q r'", '"$V w"', "$V", "${V}", "${U:-d}", "$((N+2))", "\\ ", "${L[@]}"]
+    ["a", "b1", " ", "'q r'", '"$V w"', "$V.", "${V}", "${U:-d}", "$((N+2))", "\\ ", "${L[@]}"]
 )
 
 

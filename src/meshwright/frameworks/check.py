@@ -12,6 +12,7 @@ from meshwright.findings import Finding, Severity
 from meshwright.frameworks.launch import Launch
 from meshwright.frameworks.read import read_launch
 from meshwright.parallel.layout import Layout, Zero, table, to_dict
+from meshwright.units import format_bytes
 
 if TYPE_CHECKING:
     from meshwright.cost.detail import Estimate
@@ -116,6 +117,7 @@ def check_launch_read(launch: Launch, cluster: Cluster | None = None) -> CheckRe
         legal = not stopped and problem is None
         judged, estimate = _judge(model, job, layout, cluster if fits else None, legal)
         findings += _new(findings, judged, launch)
+        findings += _rollout(launch, estimate)
         if cluster is not None and not fits:
             findings.append(_other_size(cluster, layout))
     findings.sort(key=lambda f: _ORDER[f.severity])
@@ -201,7 +203,7 @@ def _connections_known(finding: Finding, launch: Launch) -> bool:
     """
     value = launch.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if finding.severity == "warning":
-        return False
+        return launch.framework == "torchtitan"
     if finding.id == "MLM-ARG-conn":
         return launch.framework in (*_OWN_RULES, "torchtitan") or value == "1"
     return value != "1"
@@ -229,6 +231,7 @@ def _told(launch: Launch) -> list[Finding]:
     if launch.gpus is None:
         rule = "The launch does not say how many processes it starts; the smallest world is taken."
         found.append(_note("gpus_unknown", "gpus", None, rule, "Give --gpus.", "note"))
+    found += _vocabulary(words)
     connections = launch.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
     sharded = words.get("use_torch_fsdp2") or words.get("use_megatron_fsdp")
     if sharded and connections == "1" and launch.framework not in _OWN_RULES:
@@ -250,6 +253,37 @@ def _told(launch: Launch) -> list[Finding]:
             _note("experts_are_balanced", "moe_aux_loss_coeff", value, rule, remedy, "warning")
         )
     return found
+
+
+def _rollout(launch: Launch, price: Estimate | None) -> list[Finding]:
+    """Return a warning when generation and training on the same GPUs do not fit side by side."""
+    fraction = launch.words.get("rollout_memory_fraction")
+    if price is None or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        return []
+    rest = (1 - fraction) * price.capacity_bytes
+    if price.peak_bytes <= rest:
+        return []
+    rule = (
+        f"Generation keeps {format_bytes(fraction * price.capacity_bytes)} of each GPU and leaves"
+        f" {format_bytes(rest)}; training peaks at {format_bytes(price.peak_bytes)}. It fits only"
+        " where the engine gives its memory back, and not while weights are synchronised."
+    )
+    remedy = "Lower the rollout's share, or split training further (ep, tp, pp, offload)."
+    name = "rollout_and_training_share_a_gpu"
+    return [_note(name, "rollout_memory_fraction", fraction, rule, remedy, "warning")]
+
+
+def _vocabulary(words: Mapping[str, Any]) -> list[Finding]:
+    """Return a finding when a vocabulary that is not padded does not split over TP."""
+    size, tp = words.get("vocab_size"), words.get("tensor_model_parallel_size")
+    if words.get("should_pad_vocab") is not False or not isinstance(size, int):
+        return []
+    if not isinstance(tp, int) or tp < 1 or size % tp == 0:
+        return []
+    rule = f"It is not padded and does not split over tp = {tp}."
+    padded = -(-size // (128 * tp)) * 128 * tp
+    remedy = f"Set should_pad_vocab=true, which makes it {padded}."
+    return [_note("vocabulary_splits_over_tp", "model.vocab_size", size, rule, remedy, "error")]
 
 
 def _is_unbalanced(words: Mapping[str, Any]) -> bool:

@@ -188,7 +188,8 @@ def _from_script(
     more = [f"line {s.line} also starts {s.program.text}; not read" for s, _ in found[1:4]]
     unread = (*script.unread, *chosen.unread, *more)
     stated = gpus or chosen.counts.total or None
-    environment = {**chosen.env}
+    outside = {k: v for k, v in (env or {}).items() if isinstance(v, str) and "." not in k}
+    environment = {**outside, **chosen.env}
     if name == "megatron-lm":
         from meshwright.frameworks.megatron_lm.read import read
 

@@ -36,8 +36,25 @@ def find_model(text: str) -> Model | None:
     name = _plain_name(text)
     if name in _by_plain_name():
         return load_model(_by_plain_name()[name])
+    sized = _with_size(name)
+    if sized is not None:
+        return sized
+    begun = [n for n in _by_plain_name() if n.startswith(name)] if len(name) > 6 else []
+    if len(begun) == 1:
+        return load_model(_by_plain_name()[begun[0]])
     if len(text) < 1024 and ("/" in text or text.endswith(".json")) and _exists(text):
         return load_model(text)
+    return None
+
+
+def _with_size(name: str) -> Model | None:
+    """Return the known model that ``name`` adds its size to: ``deepseek_v3_671b``."""
+    for digits in range(1, 5):
+        base, size = name[: -1 - digits], name[-1 - digits : -1]
+        if name.endswith("b") and size.isdecimal() and base in _by_plain_name():
+            model = load_model(_by_plain_name()[base])
+            if round(model.num_params / 1e9) == int(size):
+                return model
     return None
 
 

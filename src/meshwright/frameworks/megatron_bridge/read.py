@@ -66,11 +66,16 @@ def read(
             break
         argv = shorter
         resolved = resolve(argv, gpus, env)
-    left = [] if _is_refused(resolved) else resolved.findings
+    left = [] if _is_refused(resolved) or (recipe and not base) else resolved.findings
     reading.findings = [*refused, *left]
     origins = {setting_of(p): f"recipe {recipe}" for p in base}
     origins |= {setting_of(p): o.origin for p, o in known}
     reading.settings = settings_of(resolved, origins, TITLE)
+    padded = resolved.values.get("should_pad_vocab")
+    if isinstance(padded, bool):
+        reading.settings["should_pad_vocab"] = Setting(
+            value=padded, origin=origins.get("should_pad_vocab", f"default of {TITLE}")
+        )
     if recipe:
         reading.settings["model"] = Setting(value=_model_name(recipe), origin=f"recipe {recipe}")
     _task(recipe, {p: o for p, o in known}, reading)
@@ -117,16 +122,23 @@ def _recipe_base(recipe: str, reading: Reading) -> dict[str, Any]:
         return {}
     model = find_model(_model_name(recipe))
     if model is None:
-        reading.unread.append(f"recipe {recipe}: its model is not known; its settings neither")
+        reading.unread.append(
+            f"recipe {recipe}: its model is not known, so rules of its shape were not asked"
+        )
         return {}
     base = shape_overrides(model)
     base |= {"model.seq_length": 4096, "dataset.seq_length": 4096}
     base |= {"train.micro_batch_size": 1, "train.global_batch_size": 512}
     base |= {"ddp.use_distributed_optimizer": True, "optimizer.use_distributed_optimizer": True}
+    base |= {"ddp.overlap_grad_reduce": True, "ddp.overlap_param_gather": True}
+    base |= {"model.cross_entropy_loss_fusion": True}
+    if model.is_moe:
+        base |= {"model.moe_token_dispatcher_type": "alltoall", "model.moe_grouped_gemm": True}
+        base |= {"model.moe_permute_fusion": True, "model.moe_aux_loss_coeff": 0.001}
     reading.assumed.append(
         f"recipe {recipe}: the shape of {model.name}; what the recipe sets besides is not read:"
-        " sequence 4096, batch 512, a distributed optimizer and no parallelism are taken where"
-        " nothing overrides them"
+        " sequence 4096, batch 512, no parallelism, an overlapped distributed optimizer and fused"
+        " kernels are taken where nothing overrides them"
     )
     return base
 

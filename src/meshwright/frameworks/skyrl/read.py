@@ -197,6 +197,9 @@ def _batch(reading: Reading, known: Mapping[str, Override], facts: Facts, sft: b
         reading.settings["global_batch_size"] = _setting(
             known, facts, mini, (facts.whole(mini) or 0) * (facts.whole(samples) or 0)
         )
+    if facts["trainer.placement.colocate_all"] is not False:
+        fraction = "generator.inference_engine.gpu_memory_utilization"
+        take(reading, known, {"rollout_memory_fraction": fraction})
     prompt = "trainer.max_prompt_length"
     answer = "generator.sampling_params.max_generate_length"
     total = (facts.whole(prompt) or 0) + (facts.whole(answer) or 0)

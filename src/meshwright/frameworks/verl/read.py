@@ -154,6 +154,11 @@ def _batch(reading: Reading, known: Mapping[str, Override], facts: Facts) -> Non
             known, ("data.max_prompt_length", "data.max_response_length"), prompt + answer
         )
     reading.settings["task"] = Setting(value="sft", origin=f"{TITLE}'s actor update")
+    take(
+        reading,
+        known,
+        {"rollout_memory_fraction": "actor_rollout_ref.rollout.gpu_memory_utilization"},
+    )
     path = known.get("actor_rollout_ref.model.path")
     if path is not None:
         reading.settings["model"] = Setting(value=path.value, origin=path.origin)
