@@ -200,7 +200,7 @@ def test_layouts_inside_the_error_band_count_when_no_other_fits() -> None:
 
 def test_a_space_without_legal_layouts_finds_nothing() -> None:
     found = search(*problem("dense"), space=read_space(["tp=3"]))
-    assert found == Found([], [], None, found.candidates, 0, 0, 0, found.seconds)
+    assert found == Found([], [], None, found.candidates, 0, 0, 0, found.seconds, found.limit_bytes)
 
 
 @pytest.mark.parametrize("name", NAMES)

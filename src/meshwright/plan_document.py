@@ -31,19 +31,28 @@ class Saved:
 
 
 def to_toml(plan: Plan, *, model_text: str, cluster_text: str) -> str:
-    """Return the document. ``model_text`` and ``cluster_text`` are what was asked for."""
+    """Return the document. ``model_text`` and ``cluster_text`` are what was asked for.
+
+    Raises ``DocumentError`` when the job has settings that the document has no words for.
+    """
     e, job = plan.estimate, plan.job
+    plain = make_job(
+        seq_len=job.seq_len, gbs=job.gbs, precision_name=job.precision.name, task=job.task
+    )
+    if job != plain:
+        rule = "A plan document holds sequence length, batch, a known precision and the task alone."
+        raise DocumentError("job", job, rule, "Keep the other settings beside it.")
     lines = [
         "# A meshwright plan: `meshwright estimate` prices the layout again.",
-        f"model = {json.dumps(model_text)}",
-        f"cluster = {json.dumps(cluster_text)}",
-        f"layout = {json.dumps(to_text(plan.layout))}",
+        f"model = {_quoted(model_text)}",
+        f"cluster = {_quoted(cluster_text)}",
+        f"layout = {_quoted(to_text(plan.layout))}",
         "",
         "[job]",
         f"seq_len = {job.seq_len}",
         f"gbs = {job.gbs}",
-        f"precision = {json.dumps(job.precision.name)}",
-        f"task = {json.dumps(job.task)}",
+        f"precision = {_quoted(job.precision.name)}",
+        f"task = {_quoted(job.task)}",
         "",
         "[estimate]",
         f"step_time_s = {e.step_time_s!r}",
@@ -51,9 +60,14 @@ def to_toml(plan: Plan, *, model_text: str, cluster_text: str) -> str:
         f"mfu_fraction = {e.mfu_fraction!r}",
         f"peak_bytes = {e.peak_bytes!r}",
         f"capacity_bytes = {e.capacity_bytes!r}",
-        f"verdict = {json.dumps(e.verdict)}",
+        f"verdict = {_quoted(e.verdict)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    # TOML has the escapes of JSON, but not its pairs of surrogates.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def check_writable(path: Path) -> None:
@@ -77,10 +91,10 @@ def save(plan: Plan, path: Path, *, model_text: str, cluster_text: str) -> None:
     check_writable(path)
     text = to_toml(plan, model_text=model_text, cluster_text=cluster_text)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            whole = Path(folder) / path.name
+            whole.write_text(text, encoding="utf-8")
+            whole.replace(path)
     except OSError as error:
         raise DocumentError(
             "output", str(path), f"It cannot be written: {error.strerror}.", "Choose another path."

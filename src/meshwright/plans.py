@@ -78,6 +78,13 @@ class Plans:
     closest: Plan | None = None
     smallest_cluster: Plan | None = None
 
+    @property
+    def missing_bytes(self) -> float:
+        """What the closest layout needs more than a rank may hold; 0 when something fits."""
+        if self.closest is None:
+            return 0.0
+        return max(self.closest.estimate.peak_bytes - self.found.limit_bytes, 0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the command line."""
         out: dict[str, Any] = {
@@ -100,12 +107,7 @@ class Plans:
             "starting_points": [s.to_dict() for s in self.starting_points],
         }
         if self.closest is not None:
-            out["closest"] = {
-                **self.closest.to_dict(),
-                "missing_bytes": max(
-                    self.closest.estimate.peak_bytes - self.closest.estimate.capacity_bytes, 0.0
-                ),
-            }
+            out["closest"] = {**self.closest.to_dict(), "missing_bytes": self.missing_bytes}
         if self.smallest_cluster is not None:
             out["smallest_cluster"] = {
                 "gpus": self.smallest_cluster.layout.world_size,

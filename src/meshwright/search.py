@@ -84,7 +84,7 @@ class Found:
     ``best`` is the exact top in order. ``pareto`` is the front of peak memory against step time
     among layouts that fit, cheapest memory first. ``closest`` is the layout with the lowest peak.
     ``candidates`` were enumerated, ``legal`` passed the rules, ``fit`` fit in memory,
-    ``simulated`` were simulated, in ``seconds``.
+    ``simulated`` were simulated, in ``seconds``. ``limit_bytes`` is what a rank may hold at most.
     """
 
     best: list[Ranked]
@@ -95,6 +95,7 @@ class Found:
     fit: int
     simulated: int
     seconds: float
+    limit_bytes: float
 
 
 def search(
@@ -116,15 +117,15 @@ def search(
     """
     began = time.perf_counter()
     report = progress or _silent
+    limit = min(capacity_bytes(cluster, job), max_memory_bytes or math.inf)
     report("enumerating", 0, 1)
     candidates, tables = candidate_tables(model, cluster, job, space or Space())
     legal = sum(map(num_rows, tables))
     if not legal:
-        return Found([], [], None, candidates, 0, 0, 0, time.perf_counter() - began)
+        return Found([], [], None, candidates, 0, 0, 0, time.perf_counter() - began, limit)
     parts = _priced_parts(model, cluster, job, tables, factors or fitted())
     peak, bound = _bounds(parts, legal, report)
     report("sorting", 0, 1)
-    limit = min(capacity_bytes(cluster, job), max_memory_bytes or math.inf)
     fits = peak <= limit * (1.0 - BAND_FRACTION)
     if not fits.any():
         fits = peak <= limit
@@ -135,7 +136,7 @@ def search(
     lowest = int(np.lexsort((bound, peak))[0])
     closest = _ranked(parts, lowest, _simulate(parts, np.array([lowest]))[0], peak)
     seconds = time.perf_counter() - began
-    return Found(best, front, closest, candidates, legal, len(rows), simulated, seconds)
+    return Found(best, front, closest, candidates, legal, len(rows), simulated, seconds, limit)
 
 
 def _silent(what: str, done: int, of: int) -> None:

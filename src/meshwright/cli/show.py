@@ -230,8 +230,7 @@ def _show_pareto(plans: Plans, out: Console) -> None:
 def _show_nothing_fits(plans: Plans, out: Console) -> None:
     closest = plans.closest
     assert closest is not None
-    e = closest.estimate
-    missing = format_bytes(max(e.peak_bytes - e.capacity_bytes, 0.0))
+    missing = format_bytes(plans.missing_bytes)
     out.print(f"\n[bold]Nothing fits.[/] The closest layout needs {missing} more per GPU:")
     out.print(_ranking([closest]))
     _show_detail(closest, out)
@@ -244,7 +243,7 @@ def _show_nothing_fits(plans: Plans, out: Console) -> None:
             f"({small.layout.world_size} GPUs)"
         )
         out.print(_ranking([small]))
-    _show_assumed(e, out)
+    _show_assumed(closest.estimate, out)
 
 
 def _show_findings(findings: Sequence[Finding], out: Console) -> None:
