@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -90,3 +91,50 @@ def said(wanted: Job, x: Layout[int], model: Model) -> dict[str, object]:
         "precision": wanted.precision.name,
         "execution": effective(wanted.execution, x, model.is_moe),
     }
+
+
+CONNECTION = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+_GPT = {
+    "--num-layers": "32",
+    "--hidden-size": "4096",
+    "--ffn-hidden-size": "14336",
+    "--num-attention-heads": "32",
+    "--num-query-groups": "8",
+    "--seq-length": "4096",
+    "--max-position-embeddings": "8192",
+    "--micro-batch-size": "1",
+    "--global-batch-size": "128",
+    "--vocab-size": "128256",
+    "--position-embedding-type": "rope",
+    "--normalization": "RMSNorm",
+}
+_SWITCHES = (
+    "--group-query-attention --swiglu --disable-bias-linear --bf16"
+    " --untie-embeddings-and-output-weights"
+)
+LLAMA_70B = "--num-layers 80 --hidden-size 8192 --num-attention-heads 64 --ffn-hidden-size 28672"
+
+
+def megatron(flags: str) -> list[str]:
+    """Return a GPT of Llama's kind with some flags of its own."""
+    given = shlex.split(flags)
+    base = [w for name, value in _GPT.items() if name not in given for w in (name, value)]
+    return ["pretrain_gpt.py", *base, *_SWITCHES.split(), *given]
+
+
+def bridge(recipe: str, overrides: str) -> list[str]:
+    """Return a recipe of Megatron-Bridge with overrides."""
+    return ["run_recipe.py", "--recipe", f"{recipe}_config", *shlex.split(overrides)]
+
+
+def verl(megatron_fields: str, others: str = "", strategy: str = "megatron") -> list[str]:
+    fields = [f"actor_rollout_ref.actor.megatron.{f}" for f in megatron_fields.split()]
+    micro = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    rest = others.split() if micro in others else [f"{micro}=1", *others.split()]
+    strategy = f"actor_rollout_ref.actor.strategy={strategy}"
+    return ["python3", "-m", "verl.trainer.main_ppo", strategy, *fields, *rest]
+
+
+def titan(config: str, options: str) -> list[str]:
+    return ["python", "-m", "torchtitan.train", "--config", config, *options.split()]

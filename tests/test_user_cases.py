@@ -6,13 +6,13 @@ Provenance: public issue threads; ``tests/data/user_cases.jsonl`` has the rule o
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from launches import CONNECTION, LLAMA_70B, bridge, megatron, titan, verl
 from meshwright.frameworks.check import CheckResult, check
 from meshwright.frameworks.compare import compare
 
@@ -22,50 +22,6 @@ CASES = {
         json.loads, (Path(__file__).parent / "data" / "user_cases.jsonl").read_text().splitlines()
     )
 }
-CONNECTION = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-
-_GPT = {
-    "--num-layers": "32",
-    "--hidden-size": "4096",
-    "--ffn-hidden-size": "14336",
-    "--num-attention-heads": "32",
-    "--num-query-groups": "8",
-    "--seq-length": "4096",
-    "--max-position-embeddings": "8192",
-    "--micro-batch-size": "1",
-    "--global-batch-size": "128",
-    "--vocab-size": "128256",
-    "--position-embedding-type": "rope",
-    "--normalization": "RMSNorm",
-}
-_SWITCHES = (
-    "--group-query-attention --swiglu --disable-bias-linear --bf16"
-    " --untie-embeddings-and-output-weights"
-)
-LLAMA_70B = "--num-layers 80 --hidden-size 8192 --num-attention-heads 64 --ffn-hidden-size 28672"
-
-
-def megatron(flags: str) -> list[str]:
-    """Return a GPT of Llama's kind with some flags of its own."""
-    given = shlex.split(flags)
-    base = [w for name, value in _GPT.items() if name not in given for w in (name, value)]
-    return ["pretrain_gpt.py", *base, *_SWITCHES.split(), *given]
-
-
-def bridge(recipe: str, overrides: str) -> list[str]:
-    return ["run_recipe.py", "--recipe", f"{recipe}_config", *shlex.split(overrides)]
-
-
-def verl(megatron_fields: str, others: str = "", strategy: str = "megatron") -> list[str]:
-    fields = [f"actor_rollout_ref.actor.megatron.{f}" for f in megatron_fields.split()]
-    micro = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
-    rest = others.split() if micro in others else [f"{micro}=1", *others.split()]
-    strategy = f"actor_rollout_ref.actor.strategy={strategy}"
-    return ["python3", "-m", "verl.trainer.main_ppo", strategy, *fields, *rest]
-
-
-def titan(config: str, options: str) -> list[str]:
-    return ["python", "-m", "torchtitan.train", "--config", config, *options.split()]
 
 
 @dataclass(frozen=True)

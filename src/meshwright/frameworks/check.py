@@ -102,7 +102,7 @@ def check(
 
 def check_launch_read(launch: Launch, cluster: Cluster | None = None) -> CheckResult:
     """Check a launch that was read already."""
-    findings = list(launch.findings)
+    findings = [_weighed(f, launch) for f in launch.findings]
     stopped = any(f.severity == "error" for f in findings)
     layout, problem = _try(launch.layout)
     model, shape_problem = _try(launch.model)
@@ -131,6 +131,15 @@ def check_launch_read(launch: Launch, cluster: Cluster | None = None) -> CheckRe
         estimate=estimate,
         unread=launch.unread,
     )
+
+
+def _weighed(finding: Finding, launch: Launch) -> Finding:
+    """Return a silent default as a warning where it changes the experts' grid."""
+    words = launch.words
+    splits = bool(words.get("num_moe_experts")) and words.get("tensor_model_parallel_size") != 1
+    if finding.severity == "note" and finding.id.endswith("-etp_default") and splits:
+        return replace(finding, severity="warning")
+    return finding
 
 
 def _try(make: Any) -> tuple[Any, MeshwrightError | None]:
