@@ -155,6 +155,10 @@ class Situation:
         """Legal layouts of mixed shapes, always the same ones."""
         return legal(self, candidates(self))
 
+    def rows(self, at: list[int]) -> Layouts:
+        """Return some layouts of the pool."""
+        return take(self.pool, np.array(at, dtype=np.intp))
+
 
 def legal(s: Situation, x: Layouts) -> Layouts:
     """Return the rows that no rule forbids."""
@@ -243,20 +247,15 @@ def layouts_of(s: Situation) -> st.SearchStrategy[Layout[int]]:
     return st.integers(0, num_rows(s.pool) - 1).map(lambda at: row(s.pool, at))
 
 
-def tables_of(s: Situation, min_rows: int = 1, max_rows: int = 40) -> st.SearchStrategy[Layouts]:
-    """Return a strategy of tables of legal layouts of a situation, of mixed shapes."""
+@st.composite
+def situations_with_rows(
+    draw: st.DrawFn, min_rows: int = 1, max_rows: int = 40
+) -> tuple[Situation, list[int]]:
+    """Draw a situation and numbers of rows of its pool: a table of mixed shapes (``s.rows``)."""
+    s = draw(situations)
     last = num_rows(s.pool) - 1
     rows = st.lists(st.integers(0, last), min_size=min_rows, max_size=max_rows, unique=True)
-    return rows.map(lambda at: take(s.pool, np.array(at, dtype=np.intp)))
-
-
-@st.composite
-def situations_with_table(
-    draw: st.DrawFn, min_rows: int = 1, max_rows: int = 40
-) -> tuple[Situation, Layouts]:
-    """Draw a situation and a table of its legal layouts."""
-    s = draw(situations)
-    return s, draw(tables_of(s, min_rows, max_rows))
+    return s, draw(rows)
 
 
 @st.composite

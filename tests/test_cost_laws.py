@@ -30,7 +30,7 @@ from meshwright.describe.job import Job, precision
 from meshwright.describe.model import Model
 from meshwright.parallel.layout import Layout, Layouts, Recompute, Zero, layout, num_rows, row, take
 from meshwright.parallel.layout import table as as_table
-from strategies import Situation, changed, situations_with_layout, situations_with_table
+from strategies import Situation, changed, situations_with_layout, situations_with_rows
 
 ROUNDING = 1e-12
 """Sums in another order differ by this at most, relative."""
@@ -81,11 +81,12 @@ def memory_columns(t: Table) -> dict[str, Floats]:
 
 
 @settings(max_examples=4)
-@given(situations_with_table(min_rows=50, max_rows=60))
+@given(situations_with_rows(min_rows=50, max_rows=60))
 def test_a_row_of_a_table_costs_bit_for_bit_what_it_costs_alone(
-    drawn: tuple[Situation, Layouts],
+    drawn: tuple[Situation, list[int]],
 ) -> None:
-    s, x = drawn
+    s, rows = drawn
+    x = s.rows(rows)
     together = dict(column_values(priced(s, x)))
     for i in range(num_rows(x)):
         for name, alone in column_values(priced(s, take(x, np.array([i])))):
@@ -94,20 +95,22 @@ def test_a_row_of_a_table_costs_bit_for_bit_what_it_costs_alone(
 
 
 @settings(max_examples=30)
-@given(situations_with_table())
+@given(situations_with_rows())
 def test_a_bound_is_never_above_what_the_simulation_finds(
-    drawn: tuple[Situation, Layouts],
+    drawn: tuple[Situation, list[int]],
 ) -> None:
-    s, x = drawn
+    s, rows = drawn
+    x = s.rows(rows)
     t = priced(s, x)
     bound, simulated = bounds(t).bound_s, simulated_step_s(t)
     assert np.all(bound <= simulated * (1 + ROUNDING))
 
 
 @settings(max_examples=30)
-@given(situations_with_table())
-def test_costs_are_finite_and_not_negative(drawn: tuple[Situation, Layouts]) -> None:
-    s, x = drawn
+@given(situations_with_rows())
+def test_costs_are_finite_and_not_negative(drawn: tuple[Situation, list[int]]) -> None:
+    s, rows = drawn
+    x = s.rows(rows)
     for name, values in column_values(priced(s, x)):
         assert np.all(np.isfinite(values)), name
         assert np.all(values >= 0), name
@@ -279,9 +282,10 @@ def test_tensor_parallelism_divides_the_weights_but_for_what_every_rank_holds(
 
 
 @settings(max_examples=30)
-@given(situations_with_table())
-def test_a_faster_network_is_never_slower(drawn: tuple[Situation, Layouts]) -> None:
-    s, x = drawn
+@given(situations_with_rows())
+def test_a_faster_network_is_never_slower(drawn: tuple[Situation, list[int]]) -> None:
+    s, rows = drawn
+    x = s.rows(rows)
     faster = replace(
         s.cluster,
         inter_node=replace(s.cluster.inter_node, bytes_per_s=2 * s.cluster.inter_node.bytes_per_s),

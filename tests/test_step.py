@@ -42,7 +42,7 @@ from strategies import (
     gpt_model,
     moe_model,
     situations_with_layout,
-    situations_with_table,
+    situations_with_rows,
 )
 
 JOB = Job(seq_len=4096, gbs=64)
@@ -63,11 +63,12 @@ def with_every_rank(t: Table, g: Group) -> Group:
 
 
 @settings(max_examples=40)
-@given(situations_with_table())
+@given(situations_with_rows())
 def test_ranks_that_are_not_looked_at_are_never_the_fullest_or_the_slowest(
-    drawn: tuple[Situation, Layouts],
+    drawn: tuple[Situation, list[int]],
 ) -> None:
-    s, x = drawn
+    s, rows = drawn
+    x = s.rows(rows)
     t = prepare(s.model, s.cluster, s.job, x)
     for g in by_pipeline(s.job, x, t.priced):
         every = with_every_rank(t, g)
@@ -79,11 +80,12 @@ def test_ranks_that_are_not_looked_at_are_never_the_fullest_or_the_slowest(
 
 
 @settings(max_examples=40)
-@given(situations_with_table(min_rows=20))
+@given(situations_with_rows(min_rows=20))
 def test_groups_hold_every_row_once_and_share_their_pipeline(
-    drawn: tuple[Situation, Layouts],
+    drawn: tuple[Situation, list[int]],
 ) -> None:
-    s, x = drawn
+    s, rows = drawn
+    x = s.rows(rows)
     t = prepare(s.model, s.cluster, s.job, x)
     seen: list[int] = []
     for g in by_pipeline(s.job, x, t.priced):

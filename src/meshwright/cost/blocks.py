@@ -121,10 +121,14 @@ def _wait_for_host(block: Block, p: Pricing, forward: Floats, backward: Floats) 
     graphed = p.job.execution.graphed_modules
     launched = sum(_launches(op, p) for op in block.ops if module_of(op) not in graphed)
     host = launched * p.factors.host_op_s
-    again = p.slice.recompute & int(Recompute.full)
-    for seconds, floor in ((forward, host), (backward, np.where(again > 0, 2.5, 1.5) * host)):
-        busy = np.einsum("dk->d", seconds)
-        seconds[:, COMPUTE] += np.maximum(floor - busy, 0.0)
+    reruns = backward[:, RECOMPUTE]
+    forward_s = np.einsum("dk->d", forward)
+    backward_s = np.einsum("dk->d", backward) - reruns
+    forward[:, COMPUTE] += np.maximum(host - forward_s, 0.0)
+    backward[:, COMPUTE] += np.maximum(1.5 * host - backward_s, 0.0)
+    # A layer that is run again is launched again, and only then.
+    is_full = (p.slice.recompute & int(Recompute.full)) != 0
+    backward[:, RECOMPUTE] += np.where(is_full, np.maximum(host - reruns, 0.0), 0.0)
     if block.is_moe and p.job.execution.capacity_factor is None:
         # How many tokens each expert gets goes through the host before its kernels are launched.
         forward[:, COMPUTE] += p.factors.routing_sync_s
