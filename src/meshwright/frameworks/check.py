@@ -108,7 +108,9 @@ def check_launch_read(launch: Launch, cluster: Cluster | None = None) -> CheckRe
     model, shape_problem = _try(launch.model)
     job, _ = _try(lambda: launch.job(layout))
     if not stopped:
-        findings += [_finding(p) for p in (problem, shape_problem) if p is not None]
+        # What a framework's own examination lets pass starts; that we cannot price it is a note.
+        weight: Severity = "note" if launch.framework in _OWN_RULES else "error"
+        findings += [_finding(p, weight) for p in (problem, shape_problem) if p is not None]
     findings += _told(launch)
     estimate = None
     if layout is not None and model is not None and job is not None:
@@ -149,7 +151,7 @@ def _try(make: Any) -> tuple[Any, MeshwrightError | None]:
         return None, error
 
 
-def _finding(error: MeshwrightError, severity: Severity = "error") -> Finding:
+def _finding(error: MeshwrightError, severity: Severity) -> Finding:
     return Finding(
         id=f"unusable.{error.field.rpartition('.')[2]}",
         severity=severity,

@@ -73,7 +73,7 @@ def layout_of(words: Words, gpus: int | None = None) -> Layout[int]:
 
     Without ``gpus`` it is the smallest world that both meshes allow. On a dense model
     ``expert_tensor_parallel_size`` means nothing and is 1; sequence parallelism without tensor
-    parallelism is off.
+    parallelism is off, and without interleaving there are no groups of micro-batches.
 
     Raises ``LayoutError`` naming the word, its value, the rule and the nearest legal values.
     """
@@ -104,11 +104,15 @@ def layout_of(words: Words, gpus: int | None = None) -> Layout[int]:
         last=number(words, DEGREES["last"], 0, low=0),
         account_for_embedding=flag(words, _SWITCHES["account_for_embedding"]),
         account_for_loss=flag(words, _SWITCHES["account_for_loss"]),
-        microbatch_group_size=number(words, DEGREES["microbatch_group_size"], 0, low=0),
+        microbatch_group_size=_group_size(words) if vpp > 1 else 0,
         order=PP_BEFORE_DP if flag(words, "use_tp_pp_dp_mapping") else DEFAULT_ORDER,
         pipeline_layout=stages,
         hierarchical_cp=_hierarchical_cp(words),
     )
+
+
+def _group_size(words: Words) -> int:
+    return number(words, DEGREES["microbatch_group_size"], 0, low=0)
 
 
 def _vpp(words: Words, pp: int, stages: str | None) -> int:

@@ -1,0 +1,258 @@
+"""The commands check, convert, compare and resize, as a shell uses them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from launches import bridge, megatron
+from meshwright.cli import app
+from meshwright.errors import LaunchError, LayoutError, MeshwrightError
+from meshwright.frameworks.check import check
+from meshwright.frameworks.compare import compare
+from meshwright.frameworks.convert import convert
+from meshwright.frameworks.launch import FRAMEWORKS
+from meshwright.frameworks.resize import resize
+from test_readers import STYLES
+
+GOOD = (
+    "export CUDA_DEVICE_MAX_CONNECTIONS=1\ntorchrun --nproc_per_node 8 --nnodes 4 "
+    + " ".join(
+        megatron(
+            "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel"
+            " --use-distributed-optimizer"
+        )
+    )
+    + "\n"
+)
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "run.sh"
+    path.write_text(GOOD)
+    return path
+
+
+def run(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(words), catch_exceptions=False)
+    return result.exit_code, result.stdout
+
+
+def run_json(*words: str) -> tuple[int, Any]:
+    status, text = run(*words, "--json")
+    return status, json.loads(text)
+
+
+def test_a_good_launch_exits_0_and_shows_both_grids(good: Path) -> None:
+    status, shown = run("check", str(good))
+    assert status == 0
+    assert "dense grid: pp 2 x dp 4 x cp 1 x tp 4 = 32 GPUs" in shown
+    assert "expert grid: pp 2 x edp 16 x ep 1 x etp 1 = 32 GPUs" in shown
+    assert "--tensor-model-parallel-size, line 2" in shown
+    assert "It would start." in shown
+
+
+def test_a_launch_that_would_fail_exits_1_and_names_the_rule(good: Path) -> None:
+    pp = "--pipeline-model-parallel-size"
+    good.write_text(GOOD.replace(f"{pp} 2", f"{pp} 3"))
+    status, answer = run_json("check", str(good))
+    assert status == 1
+    first = answer["findings"][0]
+    assert first["severity"] == "error"
+    assert set(first) == {"id", "severity", "field", "value", "rule", "remedy", "message"}
+    assert first["id"].startswith("MLM-")
+    assert answer["ok"] is False
+
+
+def test_a_cluster_adds_memory_and_time(good: Path) -> None:
+    status, answer = run_json("check", str(good), "--cluster", "32xH100")
+    assert status == 0
+    assert answer["layout"]["tp"] == 4
+    price = answer["estimate"]
+    assert price["verdict"] in ("fits", "borderline", "does not fit")
+    assert len(price["stages"]) == 2
+    assert sum(price["memory"].values()) == pytest.approx(price["peak_bytes"])
+    small, _ = run_json("check", str(good), "--cluster", "16xH100")
+    assert small == 1
+
+
+def test_a_command_after_two_dashes_is_checked() -> None:
+    words = megatron("--num-layers 30 --pipeline-model-parallel-size 4")
+    status, shown = run("check", "--gpus", "8", "--json", "--", *words)
+    assert status == 1
+    assert json.loads(shown)["findings"][0]["id"] == "MLM-ARG-layers_pp"
+
+
+def test_the_layout_no_cluster_of_256_holds_is_told_with_what_would(tmp_path: Path) -> None:
+    """Paper: TP2 PP16 EP64 needs 16*lcm(2, 64) = 1024 GPUs; on 256 a guide's EP must be 16."""
+    launch = bridge(
+        "deepseek_v3_pretrain",
+        "model.tensor_model_parallel_size=2 model.pipeline_model_parallel_size=16"
+        " model.expert_model_parallel_size=64 model.sequence_parallel=true"
+        f" 'model.pipeline_model_parallel_layout=Et*4|{'t*4|' * 14}tmL'",
+    )
+    told = "\n".join(f.message for f in check(launch, gpus=256).findings if f.severity == "error")
+    assert "1024" in told
+    assert check(launch, gpus=1024).grids == {
+        "dense": {"pp": 16, "dp": 32, "cp": 1, "tp": 2},
+        "expert": {"pp": 16, "edp": 1, "ep": 64, "etp": 1},
+    }
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("to", FRAMEWORKS)
+def test_every_style_converts_to_every_framework_or_says_why_not(
+    style: str, to: str, tmp_path: Path
+) -> None:
+    text, name, *_ = STYLES[style]
+    source = tmp_path / name
+    source.write_text(text)
+    try:
+        done = convert(source, to)
+    except (LaunchError, LayoutError) as refused:
+        assert refused.field.startswith(("layout.", "job.", "model"))
+        assert refused.remedy
+        return
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for path, written in done.files.items():
+        (folder / path).write_text(written)
+    again = check(folder / next(iter(done.files)))
+    assert again.layout is not None
+    assert again.launch.framework == to
+    assert again.layout.world_size == done.layout.world_size
+
+
+def test_convert_writes_files_and_can_change_the_layout(good: Path, tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"layout.zero"):
+        convert(good, "torchtitan")
+    out = tmp_path / "titan"
+    change = "zero=optim_grads_params"
+    status, answer = run_json(
+        "convert", str(good), "--to", "torchtitan", "--set", change, "-o", str(out)
+    )
+    assert status == 0
+    assert set(answer["files"]) == {"run.sh"}
+    assert (out / "run.sh").read_text() == answer["files"]["run.sh"]
+    assert answer["layout"]["zero"] == "optim_grads_params"
+    slurm = convert(good, "megatron-bridge", launcher="slurm").files["run.sbatch"]
+    assert "#SBATCH --nodes=4" in slurm
+
+
+def test_convert_asks_for_the_model_where_the_launch_names_none(tmp_path: Path) -> None:
+    source = tmp_path / "run.sh"
+    source.write_text(
+        "python3 -m verl.trainer.main_ppo actor_rollout_ref.model.path=/data/mine"
+        " actor_rollout_ref.actor.strategy=megatron trainer.n_gpus_per_node=8"
+        " actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1\n"
+    )
+    with pytest.raises(LaunchError, match="--model"):
+        convert(source, "megatron-lm")
+    assert "--num-layers 32" in convert(source, "megatron-lm", model="llama3-8b").files["run.sh"]
+
+
+def test_compare_names_the_difference_that_explains_the_memory(good: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.sh"
+    other.write_text(GOOD.replace(" --sequence-parallel", ""))
+    status, answer = run_json("compare", str(good), str(other), "--cluster", "32xH100")
+    assert status == 0
+    fields = {d["field"]: d for d in answer["differences"]}
+    assert set(fields) >= {"layout.sp"}
+    assert fields["layout.sp"]["peak_bytes"] > 0
+    assert answer["explains"]["peak_bytes"] == "layout.sp"
+    change = sum(term["change"] for term in answer["memory"].values())
+    both = [answer[s]["estimate"]["peak_bytes"] for s in ("a", "b")]
+    assert change == pytest.approx(both[1] - both[0])
+    shown = run("compare", str(good), str(other), "--cluster", "32xH100")[1]
+    assert "layout.sp: True -> False" in shown
+    assert "together" in shown
+
+
+def test_a_launch_compared_with_itself_differs_in_nothing(good: Path) -> None:
+    same = compare(good, good, cluster="32xH100")
+    assert same.differences == []
+    assert same.explains == {}
+
+
+@pytest.mark.parametrize("gpus", [8, 16, 64, 128])
+def test_resizing_keeps_the_batch_and_stays_legal(good: Path, gpus: int) -> None:
+    moved = resize(good, gpus)
+    assert moved.layout.world_size == gpus
+    path = good.parent / "moved.sh"
+    path.write_text(moved.files["run.sh"])
+    result = check(path)
+    assert result.ok, [f.message for f in result.findings if f.severity == "error"]
+    assert result.job is not None
+    assert (result.job.gbs, result.job.seq_len) == (128, 4096)
+    if gpus in (16, 64, 128):
+        assert (moved.layout.tp, moved.layout.pp) == (4, 2)
+
+
+def test_resizing_to_what_cannot_be_offers_what_can(good: Path) -> None:
+    """Law: neither 128 sequences nor 32 layers split by the 3 in 96."""
+    with pytest.raises(LayoutError) as refused:
+        resize(good, 96)
+    assert refused.value.remedy == "Use 64 or 128 GPUs."
+
+
+def test_resize_writes_the_script(good: Path, tmp_path: Path) -> None:
+    out = tmp_path / "big.sh"
+    status, _ = run("resize", str(good), "--gpus", "64", "-o", str(out))
+    assert status == 0
+    assert check(out).launch.gpus == 64
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "no-such-file.sh"],
+        ["check", "--gpus", "8", "--", "ls"],
+        ["check", "--cluster", "8xNothing", "--", "pretrain_gpt.py", "--num-layers", "2"],
+        ["convert", "no-such-file.sh", "--to", "nemo"],
+        ["compare", "a.sh", "b.sh"],
+        ["resize", "a.sh", "--gpus", "8"],
+        ["check", "--framework", "nothing", "--", "x.py", "--num-layers", "2"],
+    ],
+)
+def test_unusable_input_exits_2_without_a_traceback(words: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "meshwright", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+
+
+def test_a_second_check_takes_milliseconds(good: Path) -> None:
+    """Ours: rules alone, so that thousands of launches can be examined."""
+    check(good)
+    began = time.process_time()
+    for _ in range(20):
+        check(good)
+    assert time.process_time() - began < 20 * 0.1
+
+
+def test_every_finding_of_every_style_has_a_rule_and_a_message(tmp_path: Path) -> None:
+    for text, name, *_ in STYLES.values():
+        path = tmp_path / name
+        path.write_text(text)
+        try:
+            found = check(path).findings
+        except MeshwrightError as error:
+            pytest.fail(str(error))
+        for finding in found:
+            assert finding.id
+            assert finding.rule
+            assert finding.message
