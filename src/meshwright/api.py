@@ -21,8 +21,8 @@ from meshwright.parallel.layout import Layout, from_text, layout_fields, to_dict
 from meshwright.parallel.mesh import rank_groups
 from meshwright.plans import Plan, Plans, difference, estimate_plan
 from meshwright.plans import plan as _plan
-from meshwright.search import Progress, read_space
-from meshwright.units import parse
+from meshwright.search import Accepts, Progress, read_space
+from meshwright.units import format_bytes, format_s, parse
 
 if TYPE_CHECKING:
     from meshwright.verify.numerics import VerifyReport
@@ -50,6 +50,10 @@ __all__ = [
 
 DEFAULT_SEQ_LEN = 4096
 DEFAULT_TOKENS_PER_STEP = 4 * 2**20
+TUNED = (
+    "a tuned Megatron-Core run: communication of tp, cp, dp and pp overlapped, flash attention, "
+    "fused kernels, balanced experts"
+)
 
 
 def job(
@@ -75,6 +79,7 @@ def job(
         global_batch_size = int(2 ** round(math.log2(wanted)))
         assumed.append(f"gbs = {global_batch_size} sequences (not given: about 4M tokens a step)")
     made = make_job(seq_len=seq_len, gbs=global_batch_size, precision_name=precision, task=task)
+    assumed.append(TUNED)
     return replace(made, assumed=tuple(assumed))
 
 
@@ -87,15 +92,20 @@ def plan(
     fix: Sequence[str] = (),
     max_memory: str | None = None,
     pareto: bool = False,
+    framework: str | None = None,
     progress: Progress | None = None,
 ) -> Plans:
     """Find the ``top`` fastest layouts that fit, and say why.
 
-    ``fix`` limits keys (``"tp=8"``, ``"pp=2..8"``), ``max_memory`` ("72GB") bounds the peak.
+    With ``framework`` only layouts that it can run are ranked. ``fix`` limits keys
+    (``"tp=8"``, ``"pp=2..8"``), ``max_memory`` ("72GB") bounds the peak.
 
     Raises ``MeshwrightError`` when an input cannot work or no layout is legal.
     """
     limit = None if max_memory is None else parse(max_memory, "bytes", "max_memory")
+    if max_memory is not None and max_memory.strip().replace(".", "").isdigit():
+        remedy = f"Write {max_memory.strip()}GB."
+        raise MeshwrightError("max_memory", max_memory, "It has no unit.", remedy)
     if limit is not None and limit <= 0:
         raise MeshwrightError("max_memory", max_memory, "It must be above 0.", "Write 72GB.")
     return _plan(
@@ -106,8 +116,22 @@ def plan(
         space=read_space(fix),
         max_memory_bytes=limit,
         with_pareto=pareto,
+        accepts=None if framework is None else _runs_on(framework, model, cluster, job),
         progress=progress,
     )
+
+
+def _runs_on(framework: str, model: Model, cluster: Cluster, job: Job) -> Accepts:
+    from meshwright.frameworks import FRAMEWORKS, unsupported
+
+    if framework not in FRAMEWORKS:
+        remedy = did_you_mean(framework, FRAMEWORKS)
+        raise MeshwrightError("framework", framework, "It is not a known framework.", remedy)
+
+    def accepts(layout: Layout[int]) -> bool:
+        return not unsupported(model, cluster, job, layout, framework)
+
+    return accepts
 
 
 def estimate(model: Model, cluster: Cluster, job: Job, layout: str | Layout[int]) -> Plan:
@@ -189,6 +213,19 @@ class WhyNot:
             return {"time": {}, "memory": {}}
         return difference(self.other.estimate, self.base.estimate)
 
+    def verdict(self) -> str:
+        """Return in one sentence what the other costs."""
+        if self.other is None:
+            return f"It is not legal. {self.refused}"
+        a, b = self.other.estimate, self.base.estimate
+        slower, larger = a.step_time_s - b.step_time_s, a.peak_bytes - b.peak_bytes
+        text = (
+            f"What was asked takes {format_s(abs(slower))} ({abs(slower) / b.step_time_s:.1%}) "
+            f"{'longer' if slower >= 0 else 'less'} and needs {format_bytes(abs(larger))} "
+            f"{'more' if larger >= 0 else 'less'}"
+        )
+        return f"{text}; it {a.verdict}." if a.verdict != "borderline" else f"{text}; borderline."
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the command line."""
         out: dict[str, Any] = {"base": self.base.to_dict(), "other_layout": self.other_text}
@@ -206,6 +243,7 @@ class WhyNot:
         a, b = self.other.estimate, self.base.estimate
         return out | {
             "other": self.other.to_dict(),
+            "verdict": self.verdict(),
             "step_time_difference_s": a.step_time_s - b.step_time_s,
             "peak_difference_bytes": a.peak_bytes - b.peak_bytes,
             "difference": self.gap(),

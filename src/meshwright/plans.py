@@ -17,7 +17,7 @@ from meshwright.describe.model import Model
 from meshwright.errors import LayoutError
 from meshwright.findings import Finding
 from meshwright.parallel.layout import Layout, table, to_dict, to_text
-from meshwright.search import Found, Progress, Ranked, Space, search
+from meshwright.search import Accepts, Found, Progress, Ranked, Space, search
 from meshwright.starting_points import layouts
 from meshwright.units import format_bytes, format_s
 
@@ -25,11 +25,15 @@ LARGEST_CLUSTER = 65_536
 """GPUs up to which a smallest working cluster is looked for."""
 
 
-@dataclass(frozen=True, kw_only=True)
+CLOSE_FRACTION = 0.002
+"""Step times nearer than this are called equal in words; their order stays exact."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """One layout of a job on a cluster: its price, what the rules say of it, and why it was chosen.
 
-    ``differences`` to another plan are made by ``compare``.
+    ``difference`` compares two.
     """
 
     model: Model
@@ -67,8 +71,8 @@ class StartingPlan:
 class Plans:
     """The answer of ``plan``: the best layouts in order, or what is closest when nothing fits.
 
-    ``pareto`` is the front of peak memory against step time. ``smallest_cluster`` is the number of
-    GPUs of the same kind on which something fits, and a layout that does.
+    ``pareto`` is the front of peak memory against step time. ``smallest_cluster`` is a plan on the
+    smallest cluster of the same GPUs on which something fits.
     """
 
     found: Found
@@ -154,6 +158,7 @@ def plan(
     space: Space | None = None,
     max_memory_bytes: float | None = None,
     with_pareto: bool = False,
+    accepts: Accepts | None = None,
     progress: Progress | None = None,
 ) -> Plans:
     """Search for the ``top`` fastest layouts that fit and explain them.
@@ -171,10 +176,18 @@ def plan(
         space=space,
         max_memory_bytes=max_memory_bytes,
         with_pareto=with_pareto,
+        accepts=accepts,
         progress=progress,
     )
     if found.closest is None:
         raise _nothing_legal(model, cluster, job, space)
+    if found.fit and not found.best:
+        raise LayoutError(
+            "plan",
+            f"{found.fit:,} layouts that fit",
+            "None of them is one that the framework can run.",
+            "Leave --for out to see them, or loosen the limits.",
+        )
     starts = _starting_plans(model, cluster, job)
     plans = [estimate_plan(model, cluster, job, r.layout) for r in found.best]
     if plans:
@@ -213,10 +226,10 @@ def _smallest_cluster(
 ) -> Plan | None:
     """Return a plan on the first larger cluster, by whole nodes, on which something fits.
 
-    Sizes tried are 2^k and 3*2^k nodes: between them hardly any batch divides.
+    Sizes tried are 1 to 16, 2^k and 3*2^k nodes: between those hardly any batch divides.
     """
     nodes = max(cluster.num_nodes, 1)
-    sizes = sorted({2**k for k in range(18)} | {3 * 2**k for k in range(16)})
+    sizes = sorted({*range(1, 17), *(2**k for k in range(18)), *(3 * 2**k for k in range(16))})
     for count in sizes:
         gpus = count * cluster.gpus_per_node
         if count <= nodes or gpus > LARGEST_CLUSTER:
@@ -276,8 +289,14 @@ def _why(plans: Sequence[Plan], starts: Sequence[StartingPlan], found: Found) ->
         f"{format_bytes(e.capacity_bytes)}: {e.margin_fraction:.0%} stays free.",
         _where_time_goes(e),
     ]
-    other = next((p for p in plans[1:] if _degrees(p.layout) != _degrees(best.layout)), None)
-    if other is not None:
+    close = [p for p in plans if _share(p, best) <= CLOSE_FRACTION]
+    if len(close) > 1:
+        why.append(
+            f"Ranks 1-{len(close)} lie within {CLOSE_FRACTION:.1%}, closer than the model can "
+            "tell: choose among them by margin and by what your framework runs."
+        )
+    others = [p for p in plans if p not in close and _degrees(p.layout) != _degrees(best.layout)]
+    for other in others[:1]:
         label = f"The next best with other degrees ({_degrees(other.layout)}) takes"
         why.append(_gap(label, other, best, "it"))
     fitting = [s for s in starts if s.plan.estimate.margin_fraction >= 0]
@@ -285,6 +304,10 @@ def _why(plans: Sequence[Plan], starts: Sequence[StartingPlan], found: Found) ->
         label = f"The guides' start ({start.name}: {_degrees(start.plan.layout)}) takes"
         why.append(_gap(label, start.plan, best, "it") + _misfit(start.plan.estimate))
     return why
+
+
+def _share(slower: Plan, faster: Plan) -> float:
+    return slower.estimate.step_time_s / faster.estimate.step_time_s - 1.0
 
 
 def _misfit(e: Estimate) -> str:

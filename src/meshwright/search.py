@@ -44,6 +44,8 @@ from meshwright.parallel.placement import balanced_layout
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, of how many)."""
+Accepts = Callable[[Layout[int]], bool]
+"""Says whether a layout may be an answer."""
 
 
 MOST_CHUNKS = 10
@@ -107,10 +109,13 @@ def search(
     space: Space | None = None,
     max_memory_bytes: float | None = None,
     with_pareto: bool = False,
+    accepts: Accepts | None = None,
     factors: Factors | None = None,
     progress: Progress | None = None,
 ) -> Found:
     """Return the ``top`` fastest layouts that fit, exactly, and what was looked at.
+
+    ``accepts`` narrows the top to layouts that, say, a framework can run.
 
     A layout fits when its peak stays clear of ``max_memory_bytes`` (default: the capacity) by the
     memory model's error band; where none does, layouts inside the band count as well.
@@ -131,7 +136,7 @@ def search(
         fits = peak <= limit
     rows = np.flatnonzero(fits)
     order = rows[np.lexsort((peak[rows], bound[rows]))]
-    best, simulated = _best_first(parts, order, bound, peak, top, report)
+    best, simulated = _best_first(parts, order, bound, peak, top, accepts, report)
     front = _pareto(parts, rows, bound, peak, best) if with_pareto and len(rows) else []
     lowest = int(np.lexsort((bound, peak))[0])
     closest = _ranked(parts, lowest, _simulate(parts, np.array([lowest]))[0], peak)
@@ -183,24 +188,31 @@ def _best_first(
     bound: Floats,
     peak: Floats,
     top: int,
+    accepts: Accepts | None,
     report: Progress,
 ) -> tuple[list[Ranked], int]:
     """Simulate rows in the order of their bounds until no bound can enter the top."""
+    simulated = 0
     rows, seconds = np.zeros(0, dtype=np.intp), np.zeros(0)
     done, batch, worst = 0, max(8, top), math.inf
     while done < len(order) and bound[order[done]] <= worst:
         chosen = order[done : done + batch]
         chosen = chosen[bound[chosen] <= worst]
+        done += len(chosen)
+        if accepts is not None:
+            kept = [accepts(_layout(parts, int(r))) for r in chosen]
+            chosen = chosen[np.array(kept, dtype=np.bool_)]
+        simulated += len(chosen)
         rows = np.concatenate([rows, chosen])
         seconds = np.concatenate([seconds, _simulate(parts, chosen)])
         keep = np.lexsort((rows, peak[rows], seconds))[:top]
         rows, seconds = rows[keep], seconds[keep]
         if len(rows) == top:
             worst = float(seconds[-1])
-        done += len(chosen)
         batch = min(2 * batch, 4096)
         report("simulating", done, len(order))
-    return [_ranked(parts, int(r), s, peak) for r, s in zip(rows, seconds, strict=True)], done
+    found = [_ranked(parts, int(r), s, peak) for r, s in zip(rows, seconds, strict=True)]
+    return found, simulated
 
 
 def _simulate(parts: list[_Part], rows: NDArray[np.intp]) -> Floats:
@@ -217,8 +229,12 @@ def _simulate(parts: list[_Part], rows: NDArray[np.intp]) -> Floats:
 
 
 def _ranked(parts: list[_Part], at: int, step_time_s: float, peak: Floats) -> Ranked:
+    return Ranked(_layout(parts, at), float(step_time_s), float(peak[at]))
+
+
+def _layout(parts: list[_Part], at: int) -> Layout[int]:
     part = next(p for p in reversed(parts) if p.start <= at)
-    return Ranked(row(part.table.x, at - part.start), float(step_time_s), float(peak[at]))
+    return row(part.table.x, at - part.start)
 
 
 def _pareto(
@@ -388,8 +404,6 @@ def _rows(cluster: Cluster, job: Job, space: Space, inner: Ints, pipeline: _Pipe
     tp, cp, ep, etp, mbs = (inner[:, _INNER.index(k)] for k in ("tp", "cp", "ep", "etp", "mbs"))
     dp = gpus // (tp * cp * pp)
     whole = (dp * tp * cp * pp == gpus) & ((tp * cp * dp) % (ep * etp) == 0)
-    # A schedule that alternates needs a micro-batch for every pipeline rank.
-    whole &= job.gbs >= np.maximum(dp * mbs, 1) * pp
     whole &= job.gbs % np.maximum(dp * mbs, 1) == 0
     if "dp" in space.allowed:
         whole &= np.isin(dp, space.allowed["dp"])

@@ -49,7 +49,7 @@ def plan(
     task: TaskName = "pretrain",
     top: Annotated[int, typer.Option("--top", min=1, max=1000, help="Layouts to show.")] = 5,
     framework: Annotated[
-        str | None, typer.Option("--for", help="Also write the best one's launch files.")
+        str | None, typer.Option("--for", help="Rank what it can run; write its launch files.")
     ] = None,
     launcher: Annotated[str, typer.Option("--launcher", help="torchrun or slurm.")] = "torchrun",
     fix: Annotated[
@@ -83,6 +83,7 @@ def plan(
             fix=fix or (),
             max_memory=max_memory,
             pareto=pareto or json,
+            framework=framework,
             progress=progress,
         )
     files: dict[str, str] = {}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from meshwright.units import format_bytes, format_count, format_flops_per_s, format_s, format_value
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from meshwright.plans import Plan, Plans
     from meshwright.verify.numerics import VerifyReport
 
+_SHORT = {"activations_bytes": "activ.", "framework_bytes": "software"}
+"""Headings that would be too wide for a terminal of 80 columns."""
 PIPED_WIDTH = 140
 """Columns when nobody watches: wide enough that no cell is cut."""
 
@@ -57,11 +60,7 @@ def progress_bar() -> Generator[Callable[[str, int, int], None]]:
 def show_plans(plans: Plans, model: Model, cluster: Cluster, job: Job) -> None:
     """Print the answer of ``plan``."""
     out = console()
-    out.print(
-        f"[bold]{model.name}[/] ({format_count(model.num_params)} parameters, "
-        f"{format_count(model.num_active_params)} active) on [bold]{cluster.name}[/]: "
-        f"{job.gbs} sequences of {job.seq_len} tokens a step, {job.precision.name}, {job.task}"
-    )
+    _show_question(model, cluster, job, out)
     found = plans.found
     out.print(
         f"Looked at {found.candidates:,} layouts: {found.legal:,} legal, {found.fit:,} fit, "
@@ -75,7 +74,7 @@ def show_plans(plans: Plans, model: Model, cluster: Cluster, job: Job) -> None:
     _show_detail(best, out)
     out.print("\n[bold]Why it won[/]")
     for line in best.why:
-        out.print(f"  - {line}")
+        out.print(f"  - {line}", soft_wrap=True, markup=False)
     _show_starting_points(plans, out)
     if plans.pareto:
         _show_pareto(plans, out)
@@ -84,9 +83,21 @@ def show_plans(plans: Plans, model: Model, cluster: Cluster, job: Job) -> None:
     _show_layout_text(best.layout, out)
 
 
+def _show_question(model: Model, cluster: Cluster, job: Job, out: Console) -> None:
+    size = f"{format_count(model.num_params)} parameters"
+    if model.is_moe:
+        size += f", {format_count(model.num_active_params)} active"
+    out.print(
+        f"[bold]{model.name}[/] ({size}) on [bold]{cluster.name}[/]: "
+        f"{job.gbs} sequences of {job.seq_len} tokens a step, {job.precision.name}, {job.task}",
+        soft_wrap=True,
+    )
+
+
 def show_plan(plan: Plan) -> None:
     """Print the answer of ``estimate``."""
     out = console()
+    _show_question(plan.model, plan.cluster, plan.job, out)
     out.print(_ranking([plan]))
     _show_detail(plan, out)
     _show_findings(plan.findings, out)
@@ -122,7 +133,7 @@ def _ranking(plans: Sequence[Plan]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("#", justify="right")
     table.add_column("layout", overflow="fold")
-    for name in ("step", "tokens/s/GPU", "MFU", "peak", "margin", "memory"):
+    for name in ("step", "tokens/s/GPU", "MFU", "peak", "margin", "fits?"):
         table.add_column(name, justify="right", no_wrap=True)
     for place, plan in enumerate(plans, 1):
         e = plan.estimate
@@ -141,10 +152,10 @@ def _ranking(plans: Sequence[Plan]) -> Table:
 
 def _show_detail(plan: Plan, out: Console) -> None:
     e = plan.estimate
-    out.print(f"\n[bold]Where the memory goes[/] (GPU offers {format_bytes(e.capacity_bytes)})")
+    out.print(f"\n[bold]Where the memory goes[/] (GiB; a GPU offers {_gib(e.capacity_bytes)})")
     out.print(_memory_table(e))
-    peak = format_flops_per_s(e.model_flops_per_s_per_gpu)
-    out.print(f"\n[bold]Where the time goes[/] (exposed, slowest rank; {peak} per GPU)")
+    rate = format_flops_per_s(e.model_flops_per_s_per_gpu)
+    out.print(f"\n[bold]Where the time goes[/] (exposed, slowest rank; {rate} per GPU)")
     out.print(_time_table(e))
 
 
@@ -155,12 +166,17 @@ def _memory_table(e: Estimate) -> Table:
     table.add_column("stage", justify="right")
     table.add_column("layers", justify="right")
     for term in MEMORY_TERMS:
-        table.add_column(term.removesuffix("_bytes"), justify="right", no_wrap=True)
+        name = _SHORT.get(term, term.removesuffix("_bytes"))
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("peak", justify="right", no_wrap=True)
     for names, stage in _merged(e.stages, MEMORY_TERMS):
-        cells = [format_bytes(stage[term]) for term in MEMORY_TERMS]
-        table.add_row(names, str(stage["layers"]), *cells, format_bytes(stage["peak_bytes"]))
+        cells = [_gib(stage[term]) for term in MEMORY_TERMS]
+        table.add_row(names, str(stage["layers"]), *cells, _gib(stage["peak_bytes"]))
     return table
+
+
+def _gib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.2f}"
 
 
 def _merged(
@@ -230,8 +246,12 @@ def _show_pareto(plans: Plans, out: Console) -> None:
 def _show_nothing_fits(plans: Plans, out: Console) -> None:
     closest = plans.closest
     assert closest is not None
-    missing = format_bytes(plans.missing_bytes)
-    out.print(f"\n[bold]Nothing fits.[/] The closest layout needs {missing} more per GPU:")
+    missing, limit = format_bytes(plans.missing_bytes), format_bytes(plans.found.limit_bytes)
+    out.print(
+        f"\n[bold]Nothing fits.[/] The closest layout needs {missing} more per GPU than the "
+        f"{limit} it may hold:",
+        soft_wrap=True,
+    )
     out.print(_ranking([closest]))
     _show_detail(closest, out)
     small = plans.smallest_cluster
@@ -247,15 +267,20 @@ def _show_nothing_fits(plans: Plans, out: Console) -> None:
 
 
 def _show_findings(findings: Sequence[Finding], out: Console) -> None:
-    for finding in findings:
-        out.print(f"{finding.severity} [{finding.id}] {finding.message}", markup=False)
+    # What the environment should hold is the launch's affair: ``check`` and ``--for`` say it.
+    shown = [f for f in findings if not f.field.startswith("env.")]
+    if shown:
+        out.print("\n[bold]To know[/]")
+    for finding in shown:
+        line = f"  {finding.severity}: {finding.message} [{finding.id}]"
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def _show_assumed(e: Estimate, out: Console) -> None:
     if e.assumed:
-        out.print("\nAssumed:")
+        out.print("\n[bold]Assumed[/]")
         for line in e.assumed:
-            out.print(f"  - {line}", markup=False)
+            out.print(f"  - {line}", markup=False, soft_wrap=True)
 
 
 def _show_layout_text(x: Layout[int], out: Console) -> None:
@@ -275,7 +300,7 @@ def show_explanation(told: Explained) -> None:
             table.add_column(name, overflow="fold", justify="right" if name == "value" else "left")
         for term, formulas in told.formulas.items():
             value = format_value(term, told.values[term])
-            table.add_row(term, value, formulas[0].what, formulas[0].source)
+            table.add_row(term, value, escape(formulas[0].what), escape(formulas[0].source))
         out.print(table)
         out.print(
             "\nFor formulas and what they leave out, name a term: meshwright explain ... TERM"
@@ -291,29 +316,29 @@ def show_explanation(told: Explained) -> None:
                 ("left out", formula.left_out),
             ):
                 if text:
-                    out.print(f"  {label}: {text}", markup=False)
+                    out.print(f"  {label}: {text}", markup=False, soft_wrap=True)
 
 
 def show_why_not(answer: WhyNot) -> None:
     """Print two layouts side by side, the difference term by term."""
     out = console()
-    out.print(f"asked:  {answer.other_text}", markup=False)
     if answer.refused is not None:
-        out.print(f"It is not legal. {answer.refused}", markup=False)
+        out.print(f"asked: {answer.other_text}", markup=False, soft_wrap=True)
+        out.print(f"It is not legal. {answer.refused}", markup=False, soft_wrap=True)
         return
     assert answer.other is not None
     out.print(_ranking([answer.base, answer.other]))
-    gap = answer.gap()
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("term")
-    for name in ("1", "2", "2 - 1"):
+    for name in ("1 chosen", "2 asked", "change"):
         table.add_column(name, justify="right", no_wrap=True)
     a, b = answer.base.estimate, answer.other.estimate
+    gap = answer.gap()
     for unit, formatter in (("time", format_s), ("memory", format_bytes)):
         first: dict[str, float] = getattr(a, unit)
         second: dict[str, float] = getattr(b, unit)
         for term, change in gap[unit].items():
-            if first[term] or second[term]:
+            if change:
                 cells = (formatter(first[term]), formatter(second[term]))
                 table.add_row(term, *cells, _signed(change, formatter))
         total = sum(gap[unit].values())
@@ -321,6 +346,7 @@ def show_why_not(answer: WhyNot) -> None:
         cells = (formatter(sum(first.values())), formatter(sum(second.values())))
         table.add_row(f"[bold]{name}[/]", *cells, _signed(total, formatter))
     out.print(table)
+    out.print(answer.verdict(), soft_wrap=True)
 
 
 def _signed(value: float, formatter: Callable[[float], str]) -> str:
@@ -354,7 +380,7 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     for name in rows[0]:
         table.add_column(name.split("_bytes")[0] if "bytes" in name else name, overflow="fold")
     for record in rows:
-        table.add_row(*(_cell(k, v) for k, v in record.items()))
+        table.add_row(*(escape(_cell(k, v)) for k, v in record.items()))
     console().print(table)
 
 
