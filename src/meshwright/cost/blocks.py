@@ -98,7 +98,10 @@ def block_seconds(block: Block, p: Pricing) -> BlockSeconds:
             forward[:, kind] += comm_fwd
             backward[:, kind] += comm_bwd
             backward[:, RECOMPUTE] += np.where(again, comm_fwd, 0.0)
-    if p.job.execution.cuda_graphs == "none":
+    if p.job.execution.blocking_checkpoints and block.hidden_inputs:
+        is_full = (p.slice.recompute & int(Recompute.full)) != 0
+        backward[:, RECOMPUTE] += np.where(is_full, p.factors.checkpoint_sync_s, 0.0)
+    if p.job.execution.cuda_graphs != "full":
         _wait_for_host(block, p, forward, backward)
     return BlockSeconds(forward, backward, weight_grad)
 
@@ -131,7 +134,8 @@ def _wait_for_host(block: Block, p: Pricing, forward: Floats, backward: Floats) 
     backward[:, RECOMPUTE] += np.where(is_full, np.maximum(host - reruns, 0.0), 0.0)
     if block.is_moe and p.job.execution.capacity_factor is None:
         # How many tokens each expert gets goes through the host before its kernels are launched.
-        forward[:, COMPUTE] += p.factors.routing_sync_s
+        waits = 2.0 if p.job.execution.dispatcher == "alltoall" else 1.0
+        forward[:, COMPUTE] += waits * p.factors.routing_sync_s
 
 
 def _launches(op: Op, p: Pricing) -> float:
@@ -200,7 +204,26 @@ def _matmul_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     fwd = matmul_s(m, n, k, flops_per_s, width, p.at) + _quantise_s(op, m * k, p)
     dgrad = matmul_s(m, k, n, flops_per_s, width, p.at) + _quantise_s(op, m * n, p)
     wgrad = matmul_s(n, k, m, flops_per_s, width, p.at, _gradient_bytes(p))
+    fwd = fwd + _weight_cast_s(op, k * n, p)
+    if _is_adapted(op, p):
+        adapter = _adapter_s(m, k, n, p)
+        fwd, dgrad = fwd + adapter, dgrad + adapter
     return fwd, dgrad, _trained(op, wgrad, p)
+
+
+def _is_adapted(op: Op, p: Pricing) -> bool:
+    targets = p.job.lora_targets
+    is_linear = op.kind is OpKind.matmul and op.holder == "tp" and not op.vocab
+    return p.job.task == "lora" and is_linear and (not targets or op.name in targets)
+
+
+def _adapter_s(m: Floats, k: Floats, n: Floats, p: Pricing) -> Floats:
+    """Seconds of one pass of a LoRA adapter: two thin products and an add, all bound by memory.
+
+    m * (k + 4n) elements: the input is read, the low-rank output written, scaled and added.
+    Ref: Hu et al., arXiv:2106.09685; Megatron-Bridge, ``peft.lora``. Left out: dropout, launches.
+    """
+    return _stream_s(m * (k + 4.0 * n), p)
 
 
 def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
@@ -218,9 +241,11 @@ def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     wgrad = launches + grouped_matmul_s(
         experts, m, k, n, flops_per_s, width, p.at, _gradient_bytes(p)
     )
-    # Biases of experts are added, and their gradients summed, by kernels of their own.
-    added = _stream_s(2.0 * m * n * _has_bias(op) * p.factors.unfused_traffic, p)
-    fwd = fwd + _quantise_s(op, m * k, p) + added
+    # With biases, adding, splitting by expert and activation are kernels of their own; the op
+    # fuser joins those forward with their products, and about half of the traffic stays.
+    apart = 0.5 if p.job.execution.fused_experts else 1.0
+    added = _stream_s(m * n * _has_bias(op) * p.factors.biased_experts_passes * apart, p)
+    fwd = fwd + _quantise_s(op, m * k, p) + added + _weight_cast_s(op, experts * k * n, p)
     dgrad = dgrad + _quantise_s(op, m * n, p) + added
     fullest = _fullest(p)
     return fwd * fullest, dgrad * fullest, _trained(op, wgrad, p) * fullest
@@ -275,8 +300,23 @@ def _is_16_bit(op: Op, p: Pricing) -> bool:
 
 
 def _quantise_s(op: Op, elements: Floats, p: Pricing) -> Floats:
-    per_element = 0.0 if _is_16_bit(op, p) else p.job.precision.quantise_bytes_per_element
+    if _is_16_bit(op, p):
+        return np.zeros_like(elements)
+    per_element = p.job.precision.quantise_bytes_per_element * p.factors.quantise_traffic
     return elements * per_element / p.at.hbm_bytes_per_s
+
+
+def _weight_cast_s(op: Op, weights: Floats, p: Pricing) -> Floats:
+    """Seconds to quantise weights anew for a micro-batch: read in 16 bit, written both ways round.
+
+    ``weight_cast_share`` of the micro-batches do so, unless the weights themselves are in FP8.
+    Ref: TransformerEngine, ``is_first_microbatch`` (caching of quantised weights).
+    """
+    recipe = p.job.precision
+    if _is_16_bit(op, p) or recipe.quantise_bytes_per_element == 0 or recipe.param_bytes < 2.0:
+        return np.zeros_like(weights)
+    moved = recipe.param_bytes + 2.0 * recipe.matmul_input_bytes
+    return p.factors.weight_cast_share * weights * moved / p.at.hbm_bytes_per_s
 
 
 def _trained(op: Op, wgrad: Floats, p: Pricing) -> Floats:

@@ -71,7 +71,9 @@ def speeds(gpu: Gpu, precision: Precision, execution: Execution, factors: Factor
         * clock,
         grouped_fraction=most_specific(factors.grouped_matmul_fraction, kind, matmul, 0.85),
         grouped_16_bit_fraction=most_specific(factors.grouped_matmul_fraction, kind, wide, 0.85),
-        scan_flops_per_s=peak[wide] * factors.scan_fraction * clock,
+        scan_flops_per_s=peak[wide]
+        * most_specific(factors.scan_fraction, kind, wide, 0.03)
+        * clock,
         hbm_bytes_per_s=gpu.hbm_bytes_per_s * factors.hbm_fraction,
         half_rows=most_specific(factors.half_rows, kind, matmul, 80.0),
         grouped_half_rows=factors.grouped_half_rows,

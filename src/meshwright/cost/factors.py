@@ -26,21 +26,25 @@ class Factors:
     ``grouped_half_rows`` those of one expert. ``softmax_share``: exponentials that attention
     does not hide behind its matmuls. ``hbm_fraction``: share of HBM bandwidth of streaming
     kernels; ``unfused_traffic``: times the traffic of fused kernels that separate ones need.
-    ``imbalance_fraction``: for each doubling of the expert-parallel ranks, how much the fullest
-    gets beyond the mean where the router is not forced to balance. ``power_exponent``: how
-    speed falls with the power limit per peak FLOP/s. ``clock_fraction``: the clock that a card
-    holds over what that law expects of it. ``power_boost_fraction``: what ``vboost`` adds.
-    ``sequential_experts_fraction``: speed of experts that run one after the other, over that of
-    a grouped product.
+    ``quantise_traffic`` the same for quantising; ``weight_cast_share``: micro-batches that
+    quantise weights anew. ``scan_fraction``: share of peak of state-space scans.
+    ``biased_experts_passes``: elements moved beside the products of experts with biases, for
+    each of their outputs. ``imbalance_fraction``: for each doubling of the expert-parallel
+    ranks, how much the fullest gets beyond the mean where the router is not forced to balance.
+    ``power_exponent``: how speed falls with the power limit per peak FLOP/s.
+    ``clock_fraction``: the clock that a card holds over what that law expects of it.
+    ``power_boost_fraction``: what ``vboost`` adds. ``sequential_experts_fraction``: speed of
+    experts that run one after the other, over that of a grouped product.
     Links. ``link_fraction``, ``pcie_fraction``, ``network_fraction``: share of NVLink, of PCIe
     between GPUs and of network bandwidth that collectives reach; ``all_to_all_fraction`` the same
     for all-to-alls, ``dispatch_fraction`` for the kernels of DeepEP and HybridEP.
     ``*_hidden_fraction``: share of a communication that its overlap switch hides behind compute;
     ``dp_contention_fraction``: share of the hidden part that slows the compute it hides behind.
-    Host. ``kernel_s``: time to launch and drain one kernel; ``host_op_s``: host time per op without
-    CUDA graphs; ``routing_sync_s``: wait of one layer whose token counts go through the host;
-    ``step_overhead_s``: what each step waits for beside it; ``straggler_fraction``: what each
-    doubling of the nodes adds to a step.
+    Host. ``kernel_s``: time to launch and drain one kernel; ``host_op_s``: host time per op
+    without CUDA graphs; ``routing_sync_s``: wait of one layer whose token counts go through the
+    host; ``checkpoint_sync_s`` that of one recomputed layer that saves random states through
+    the host; ``step_overhead_s``: what each step waits for beside it; ``straggler_fraction``:
+    what each doubling of the nodes adds to a step.
     Memory. ``framework_bytes``: context, libraries and communicators outside the allocator.
     ``fragmentation_fraction``: allocator blocks that are held but unused, per allocated byte.
     ``workspace_bytes``: what libraries allocate for themselves.
@@ -53,9 +57,12 @@ class Factors:
     sequential_experts_fraction: float = 0.85
     clock_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
     softmax_share: float = 0.3
-    scan_fraction: float = 0.15
+    scan_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
+    biased_experts_passes: float = 10.0
+    weight_cast_share: float = 0.3
     hbm_fraction: float = 0.8
     unfused_traffic: float = 2.5
+    quantise_traffic: float = 1.0
     half_rows: Mapping[str, float] = field(default_factory=dict[str, float])
     grouped_half_rows: float = 96.0
     imbalance_fraction: float = 0.1
@@ -76,6 +83,7 @@ class Factors:
     kernel_s: float = 3e-6
     host_op_s: float = 9e-6
     routing_sync_s: float = 100e-6
+    checkpoint_sync_s: float = 4e-3
     step_overhead_s: float = 0.02
     straggler_fraction: float = 0.005
     framework_bytes: float = 1.6e9

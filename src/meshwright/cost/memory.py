@@ -104,12 +104,15 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
     section 4 (TP, SP and selective recomputation). Left out: padding of routed tokens.
     """
     d = len(p.slice.tp)
-    whole, logits, working, placeholders = (np.zeros(d) for _ in range(4))
+    whole, logits, working, placeholders, away = (np.zeros(d) for _ in range(5))
     for op in block.ops:
         op_bytes = np.zeros(d)
         for saved in saved_tensors(op, p):
             size = p.slice.elements(saved) * element_bytes(saved, p)
             selective = int(saved.dropped & ~Recompute.full & ~Recompute.block)
+            if OFFLOADED_AS.get(saved.name) in p.job.execution.offloaded_modules:
+                away += size
+                continue
             if p.job.execution.recompute_every_second_matmul and block.hidden_inputs:
                 size = size * _KEPT_BY_OP.get(saved.name, 0.0)
             op_bytes += np.where((p.slice.recompute & selective) != 0, 0.0, size)
@@ -122,7 +125,8 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
     boundary = block.hidden_inputs * hidden_size * p.slice.sp_tokens * p.job.precision.act_bytes
     recomputable = any(op.kind is OpKind.cross_entropy for op in block.ops) is False
     kept = np.where(is_full & recomputable, boundary, whole)
-    return BlockBytes(kept, whole, logits, working, placeholders)
+    # What waits on the host is back for the layer that runs, and for the next one.
+    return BlockBytes(kept, whole, logits, working + 2.0 * away, placeholders)
 
 
 _KEPT_BY_OP = {
@@ -131,6 +135,18 @@ _KEPT_BY_OP = {
 }
 """What torchtitan's checkpointing by op keeps: outputs of attention and of every second product
 (query, value, one of the two of a gated MLP, and its last), and the layer's input."""
+
+
+OFFLOADED_AS = {
+    **dict.fromkeys(("qkv_input", "kv_down_input", "q_up_input", "kv_up_input"), "qkv_linear"),
+    **dict.fromkeys(("q_k_v", "softmax", "dropout_mask", "dropout_output"), "core_attn"),
+    **dict.fromkeys(("experts_fc1_output", "experts_fc2_input"), "moe_act"),
+    "attention_norm_input": "attn_norm",
+    "mlp_norm_input": "mlp_norm",
+    "attention_output": "attn_proj",
+    "experts_fc1_input": "expert_fc1",
+}
+"""The module of Megatron's fine-grained offloading that a kept tensor belongs to."""
 
 
 def saved_tensors(op: Op, p: Pricing) -> tuple[Saved, ...]:

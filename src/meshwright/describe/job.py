@@ -142,15 +142,21 @@ class Execution:
     grouped_gemm: bool = True
     fused_permute: bool = True
     """Routed tokens are sorted by one kernel, rather than by a chain of them."""
+    fused_experts: bool = False
+    """Transformer Engine's op fuser runs products, biases and activation of experts together."""
     forced_balance: bool = True
     capacity_factor: float | None = None
     shared_expert_overlap: bool = False
     recompute_every_second_matmul: bool = False
     """torchtitan's selective checkpointing by op: of matmul outputs every second one is kept."""
+    blocking_checkpoints: bool = False
+    """Each recomputed layer saves and restores random states through the host."""
     packed_sample_tokens: int = 0
     """Mean length of the samples packed into a sequence; 0: one sample fills it."""
     optimizer_offload_fraction: float = 0.0
     activation_offload_layers: int = 0
+    offloaded_modules: frozenset[str] = frozenset()
+    """Modules whose kept tensors wait on the host, in Megatron's ``--offload-modules`` words."""
     power_boost: bool = False
     """More of the card's power for the cores than for memory (``vboost``)."""
     cross_entropy_in_fp32: bool = False
@@ -177,6 +183,8 @@ class Job:
     precision: Precision = field(default=PRECISIONS["bf16"])
     task: Task = "pretrain"
     lora_rank: int = 16
+    lora_targets: frozenset[str] = frozenset()
+    """Names of the adapted ops; empty: every linear layer of attention and MLP."""
     execution: Execution = field(default_factory=Execution)
     reserved_bytes: float = 0.0
     assumed: tuple[str, ...] = field(default=(), compare=False)

@@ -16,8 +16,13 @@ import numpy as np
 from meshwright.cost.columns import Floats
 from meshwright.cost.factors import Factors
 from meshwright.cost.step import prepare, simulated_step_s
-from meshwright.fit.rows import Run
+from meshwright.errors import MeshwrightError
+from meshwright.fit.rows import Run, read_row
+from meshwright.fit.summary import TUNED, is_inconsistent
 from meshwright.parallel.layout import table
+
+FITTED = (*TUNED, "derived")
+"""Qualities of the runs that factors are fitted to."""
 
 SCALE = 0.04
 """Errors well below this count squared, those above by their size: outliers do not decide."""
@@ -29,12 +34,92 @@ STEP = 0.02
 """Relative change of a factor by which derivatives are taken."""
 
 
+LIMITS: dict[str, tuple[float, float]] = {
+    "matmul_fraction.ampere": (0.5, 0.95),
+    "matmul_fraction.hopper": (0.5, 0.95),
+    "matmul_fraction.hopper.fp8": (0.4, 0.95),
+    "matmul_fraction.blackwell": (0.4, 0.95),
+    "matmul_fraction.blackwell.fp8": (0.4, 0.95),
+    "matmul_fraction.blackwell.fp4": (0.3, 0.95),
+    "attention_fraction.ampere": (0.3, 0.95),
+    "attention_fraction.hopper": (0.3, 0.95),
+    "attention_fraction.hopper.flash2": (0.2, 0.8),
+    "attention_fraction.blackwell": (0.3, 0.95),
+    "attention_fraction.blackwell.flash2": (0.1, 0.6),
+    "grouped_matmul_fraction.hopper": (0.4, 1),
+    "grouped_matmul_fraction.blackwell": (0.4, 1),
+    "attention_backward_fraction.ampere.flash2": (0.1, 0.9),
+    "attention_backward_fraction.ampere": (0.1, 0.9),
+    "attention_backward_fraction.hopper": (0.1, 0.9),
+    "attention_backward_fraction.hopper.flash2": (0.1, 0.9),
+    "attention_backward_fraction.blackwell": (0.1, 0.9),
+    "attention_backward_fraction.blackwell.flash2": (0.05, 0.9),
+    "sequential_experts_fraction": (0.5, 1),
+    "clock_fraction.B200-SXM-180GB": (0.8, 1.2),
+    "clock_fraction.GB300-288GB": (0.8, 1.2),
+    "clock_fraction.B300-SXM-288GB": (0.8, 1.2),
+    "clock_fraction.H100-SXM-96GB": (0.8, 1.2),
+    "clock_fraction.A100-PCIE-80GB": (0.8, 1.2),
+    "softmax_share": (0.02, 1),
+    "scan_fraction.hopper": (0.01, 0.5),
+    "scan_fraction.blackwell": (0.01, 0.5),
+    "biased_experts_passes": (2, 60),
+    "weight_cast_share": (0.01, 1.0),
+    "hbm_fraction": (0.5, 0.95),
+    "unfused_traffic": (1, 6),
+    "quantise_traffic": (0.3, 4),
+    "half_rows.ampere": (5, 300),
+    "half_rows.hopper": (5, 300),
+    "half_rows.blackwell": (5, 400),
+    "grouped_half_rows": (10, 500),
+    "imbalance_fraction": (0.01, 0.4),
+    "grouped_matmul_fraction.hopper.fp8": (0.4, 1),
+    "grouped_matmul_fraction.blackwell.fp8": (0.4, 1),
+    "power_exponent": (0.1, 1),
+    "power_boost_fraction": (0.003, 0.08),
+    "link_fraction": (0.4, 0.95),
+    "pcie_fraction": (0.1, 0.6),
+    "network_fraction": (0.4, 0.95),
+    "all_to_all_fraction": (0.2, 1),
+    "dispatch_fraction": (0.2, 1.0),
+    "collective_s": (3e-06, 4e-05),
+    "tp_hidden_fraction": (0.1, 0.95),
+    "ep_hidden_fraction": (0.1, 0.98),
+    "dp_contention_fraction": (0.01, 0.6),
+    "kernel_s": (1e-06, 8e-06),
+    "host_op_s": (3e-06, 4e-05),
+    "routing_sync_s": (5e-06, 0.0005),
+    "step_overhead_s": (0.002, 0.1),
+    "straggler_fraction": (0.0005, 0.03),
+}
+"""The factors that are fitted, and what each may be physically."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """A run and its measured step time."""
 
     run: Run
     step_time_s: float
+
+
+def measured_runs(
+    rows: Sequence[Mapping[str, str]], models: Mapping[str, Any]
+) -> tuple[list[Mapping[str, str]], list[Measured]]:
+    """Return the rows that factors are fitted to, with their runs: tuned, consistent, readable."""
+    kept: list[Mapping[str, str]] = []
+    found: list[Measured] = []
+    for row in rows:
+        time = row.get("step_time_best_s") or ""
+        if (row.get("quality") or "") not in FITTED or is_inconsistent(row) or not time:
+            continue
+        try:
+            run = read_row(row, models)
+        except MeshwrightError:
+            continue
+        kept.append(row)
+        found.append(Measured(run, float(time)))
+    return kept, found
 
 
 def value_of(factors: Factors, name: str) -> float:
@@ -82,7 +167,6 @@ def fit(
     names: Sequence[str],
     *,
     iterations: int = 4,
-    limits: Mapping[str, tuple[float, float]] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Factors:
     """Return the factors that explain the runs best."""
@@ -90,24 +174,52 @@ def fit(
     at = prior.copy()
     factors, errors = start, log_errors(runs, start)
     for turn in range(iterations):
-        slopes = _slopes(runs, factors, names, errors)
+        slopes = slopes_of(runs, factors, names, errors)
         weights = 1.0 / np.sqrt(1.0 + (errors / SCALE) ** 2) / SCALE**2
         damping = np.full(len(names), 1.0 / PRIOR_WIDTH**2)
         left = np.einsum("ri,r,rj->ij", slopes, weights, slopes) + np.diag(damping)
         right = -np.einsum("ri,r,r->i", slopes, weights, errors) - damping * (at - prior)
         move = np.clip(_solved(left, right), -0.4, 0.4)
-        factors, at, errors = _best_move(runs, start, names, at, move, errors, prior, limits or {})
+        factors, at, errors = _best_move(runs, start, names, at, move, errors, prior)
         progress(f"{turn + 1}: loss {_loss(errors, at, prior):.1f}, {describe(errors)}")
     return factors
+
+
+def left_out_errors(errors: Floats, slopes: Floats, folds: Sequence[str], turns: int = 5) -> Floats:
+    """Return the log errors that runs would have with their own fold left out of the fit.
+
+    For every fold the normal equations are solved again without its runs, from the fitted factors
+    and with predictions linear in the logarithms of the factors, which they nearly are for the
+    small moves that one fold makes. Left out: what second derivatives would change.
+    """
+    out = errors.copy()
+    names = np.asarray(folds)
+    for fold in dict.fromkeys(folds):
+        kept = names != fold
+        move = np.zeros(slopes.shape[1])
+        for _ in range(turns):
+            move = move + _linear_move(errors[kept], slopes[kept], move)
+        out[~kept] = errors[~kept] + np.einsum("ri,i->r", slopes[~kept], move)
+    return out
+
+
+def _linear_move(errors: Floats, slopes: Floats, move: Floats) -> Floats:
+    now = errors + np.einsum("ri,i->r", slopes, move)
+    weights = 1.0 / np.sqrt(1.0 + (now / SCALE) ** 2) / SCALE**2
+    damping = np.full(slopes.shape[1], 1.0 / PRIOR_WIDTH**2)
+    left = np.einsum("ri,r,rj->ij", slopes, weights, slopes) + np.diag(damping)
+    right = -np.einsum("ri,r,r->i", slopes, weights, now) - damping * move
+    return np.clip(_solved(left, right), -0.4, 0.4)
 
 
 def _solved(left: Floats, right: Floats) -> Floats:
     return np.asarray(np.linalg.solve(left, right), dtype=np.float64)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
 
 
-def _slopes(
+def slopes_of(
     runs: Sequence[Measured], factors: Factors, names: Sequence[str], errors: Floats
 ) -> Floats:
+    """Return d log(predicted) / d log(factor) of each run and factor, by forward differences."""
     slopes = np.zeros((len(runs), len(names)))
     for i, name in enumerate(names):
         changed = with_values(factors, {name: value_of(factors, name) * (1.0 + STEP)})
@@ -126,12 +238,11 @@ def _best_move(
     move: Floats,
     errors: Floats,
     prior: Floats,
-    limits: Mapping[str, tuple[float, float]],
 ) -> tuple[Factors, Floats, Floats]:
     """Return the state after the longest of some fractions of ``move`` that lowers the loss."""
     before = _loss(errors, at, prior)
-    low = np.log([limits.get(n, (1e-12, 0))[0] for n in names])
-    high = np.log([limits.get(n, (0, 1e12))[1] for n in names])
+    low = np.log([LIMITS[n][0] for n in names])
+    high = np.log([LIMITS[n][1] for n in names])
     for fraction in (1.0, 0.5, 0.2):
         there = np.clip(at + fraction * move, low, high)
         factors = with_values(start, dict(zip(names, np.exp(there).tolist(), strict=True)))

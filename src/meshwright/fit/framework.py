@@ -27,6 +27,7 @@ class Framework:
     overlap_pp: bool = True
     tuned_attention: bool = True
     gathers_once: bool = False
+    blocking_checkpoints: bool = False
 
 
 FRAMEWORKS = (
@@ -49,6 +50,7 @@ FRAMEWORKS = (
     Framework(name="automodel", fused_wgrad_accumulation=False, cross_entropy="plain"),
     Framework(
         name="deepspeed",
+        blocking_checkpoints=True,
         overlap=False,
         sequence_parallel=False,
         distributed_optimizer=False,

@@ -46,8 +46,18 @@ def read_job(
         precision=read_precision(s, framework, is_latent=is_latent),
         task="lora" if task == "lora" else "sft" if task == "sft" else "pretrain",
         lora_rank=max(s.whole("dim", "lora_rank", default=16), 1),
+        lora_targets=_lora_targets(s, framework),
         execution=read_execution(s, framework),
     )
+
+
+def _lora_targets(s: Settings, framework: Framework) -> frozenset[str]:
+    """Return the adapted ops; Megatron's recipes adapt the query, key and value projection."""
+    stated = frozenset(name.removeprefix("linear_") for name in s.items("target_modules"))
+    if stated:
+        return frozenset(name.replace("_proj", "") if "_down" in name else name for name in stated)
+    is_megatron = framework.name in ("nemo", "megatron-bridge", "megatron-lm")
+    return frozenset({"qkv"}) if is_megatron else frozenset()
 
 
 def read_precision(s: Settings, framework: Framework, *, is_latent: bool = False) -> Precision:
@@ -162,6 +172,7 @@ def read_execution(s: Settings, framework: Framework) -> Execution:
         and s.flag("gradient_accumulation_fusion", default=framework.fused_wgrad_accumulation),
         keeps_placeholders=_keeps_placeholders(s, framework),
         grouped_gemm=s.flag("moe_grouped_gemm", default=not s.section("args")),
+        fused_experts=s.flag("use_transformer_engine_op_fuser", default=False),
         fused_permute=s.flag("moe_permute_fusion", default=framework.name == "megatron-bridge"),
         forced_balance=s.flag(
             "moe_router_force_load_balancing",
@@ -176,9 +187,13 @@ def read_execution(s: Settings, framework: Framework) -> Execution:
         shared_expert_overlap=s.flag("moe_shared_expert_overlap", default=False),
         recompute_every_second_matmul="op" in s.cell("recompute").split("selective:")[-1].split()
         and "selective:" in s.cell("recompute"),
+        blocking_checkpoints=framework.blocking_checkpoints,
         packed_sample_tokens=PACKED_SAMPLE_TOKENS if packed else 0,
         optimizer_offload_fraction=_fraction(s, "optimizer_offload_fraction"),
         activation_offload_layers=offload,
+        offloaded_modules=frozenset(s.items("offload_modules"))
+        if s.flag("fine_grained_activation_offloading", default=False)
+        else frozenset(),
         power_boost=s.flag("vboost", default="with vboost" in s.text("condition")),
     )
 

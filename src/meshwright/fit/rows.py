@@ -74,17 +74,40 @@ def read_model(s: Settings, models: Mapping[str, Any]) -> Model:
             "model", name, "The file of models does not hold it.", did_you_mean(name, models)
         )
     entry = dict(models[name])
-    pattern = entry.get("hybrid_pattern")
-    if isinstance(pattern, str) and "|" in pattern:
-        # Bars part pipeline stages; they are no layers.
-        entry["hybrid_pattern"] = pattern.replace("|", "")
-        entry["num_hidden_layers"] = len(entry["hybrid_pattern"])
+    _override(entry, s)
     depths = s.find("mtp_num_layers")
     if isinstance(depths, int) and not isinstance(depths, bool) and depths >= 0:
         entry["mtp_layers"] = depths
     if entry.get("mtp_layers") and depths is None and s.cell("task") in ("sft", "lora"):
         entry["mtp_layers"] = 0
     return build_published(name, entry)
+
+
+OVERRIDES = {
+    "num_experts": "num_experts",
+    "moe_router_topk": "experts_per_token",
+    "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
+    "mamba_num_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_state_dim": "ssm_state_size",
+    "mamba_num_groups": "mamba_n_groups",
+}
+"""Settings that change the shape of the model a row names, and the words of the file of models."""
+
+
+def _override(entry: dict[str, Any], s: Settings) -> None:
+    for name, key in OVERRIDES.items():
+        stated = s.whole(name)
+        if stated > 0 and key in entry:
+            entry[key] = stated
+    pattern = s.text("hybrid_layer_pattern").upper() or entry.get("hybrid_pattern")
+    if not isinstance(pattern, str) or "hybrid_pattern" not in entry:
+        return
+    # Bars part pipeline stages, and what follows a slash is one depth of multi-token prediction.
+    main, *ahead = pattern.replace("|", "").split("/")
+    entry["hybrid_pattern"], entry["num_hidden_layers"] = main, len(main)
+    if ahead:
+        entry["mtp_hybrid_pattern"], entry["mtp_layers"] = ahead[0], len(ahead)
 
 
 def read_cluster(s: Settings, num_gpus: int) -> Cluster:

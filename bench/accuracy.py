@@ -1,0 +1,103 @@
+"""Predicted against measured on the shipped runs, and the direction of what settings change.
+
+    python bench/accuracy.py [-o bench/results/accuracy.json]      about ten seconds
+
+Prints the tables of ``meshwright accuracy`` for step time and memory, and for every pair of runs
+that differ in one setting whether the predicted change has the sign of the measured one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from meshwright.fit.documents import load_models, load_runs, shipped
+from meshwright.fit.predict import Prediction, predict
+from meshwright.fit.summary import summarize
+
+SMALLEST_CHANGE = 0.03
+"""Measured changes below this are within the noise between two runs."""
+
+
+def main() -> None:
+    """Print the tables, and write them on demand."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("-o", "--output", type=Path, help="write the summaries as JSON")
+    wanted = parser.parse_args()
+    models = load_models(shipped("models.json.gz"))
+    results: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+    }
+    known: dict[str, Prediction] = {}
+    for name in ("runs", "memory"):
+        rows = load_runs(shipped(f"{name}.csv.gz"))
+        found = predict(rows, models)
+        known |= {p.id: p for p in found if p.status == "ok" and p.id not in known}
+        results[name] = summarize(rows, found, models)
+        for kind in ("step_time", "peak_memory"):
+            print(name, kind, _text(results[name][kind]["all"]))
+            for gpu, errors in results[name][kind].get("by_gpu", {}).items():
+                print(f"    {gpu:<28} {_text(errors)}")
+        print(name, "ranking", results[name]["ranking"])
+    results["changes"] = changes(load_runs(shipped("ablations.csv.gz")), known)
+    for kind, counts in results["changes"].items():
+        print(f"changes: {kind:<26} {counts['right']} of {counts['pairs']} have the right sign")
+    if wanted.output:
+        wanted.output.write_text(json.dumps(results, indent=1) + "\n", encoding="ascii")
+
+
+def changes(
+    pairs: Sequence[Mapping[str, str]], known: Mapping[str, Prediction]
+) -> dict[str, dict[str, int]]:
+    """Return, by kind of change, how many pairs are predicted to move the way they did."""
+    counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: {"pairs": 0, "right": 0})
+    for pair in pairs:
+        base, variant = known.get(pair["base_id"]), known.get(pair["variant_id"])
+        if base is None or variant is None:
+            continue
+        measured = _throughput_change(pair)
+        if measured is None or abs(measured) < SMALLEST_CHANGE or pair.get("confounds"):
+            continue
+        before = (base.step_time_s or 0.0) / _tokens(pair, "base")
+        after = (variant.step_time_s or 0.0) / _tokens(pair, "variant")
+        for kind in (pair["class"], "all"):
+            counts[kind]["pairs"] += 1
+            counts[kind]["right"] += (before > after) == (measured > 0)
+    return dict(counts)
+
+
+def _throughput_change(pair: Mapping[str, str]) -> float | None:
+    for name, sign in (("throughput_change_pct", 1.0), ("step_time_change_pct", -1.0)):
+        if pair.get(name):
+            return sign * float(pair[name]) / 100.0
+    return None
+
+
+def _tokens(pair: Mapping[str, str], side: str) -> float:
+    """Return tokens a GPU and step, which throughput is counted over, up to what both share."""
+    names = pair["changed"].split()
+    values = dict(zip(names, pair[side].split("/"), strict=False))
+    tokens = 1.0
+    for name in ("gbs", "seq_len"):
+        tokens *= float(values.get(name) or 1.0)
+    return tokens / float(values.get("n_gpus") or 1.0)
+
+
+def _text(errors: Mapping[str, float]) -> str:
+    if not errors.get("rows"):
+        return "no rows"
+    return (
+        f"{errors['rows']:4.0f} rows, bias {errors['bias']:+.1%}, median {errors['median']:.1%}, "
+        f"p90 {errors['p90']:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Fit the factors of the cost model to the shipped runs, and cross-validate the fit.
+
+    python bench/fit_factors.py [--turns 3] [--write]      a few minutes on one core
+
+Prints the errors after each turn of the fit, then those with every model, and every GPU type, left
+out of the fit in turn. ``--write`` replaces ``src/meshwright/cost/factors.toml``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import meshwright.cost
+from meshwright.cost.factors import Factors, fitted
+from meshwright.fit.documents import load_models, load_runs, shipped
+from meshwright.fit.fitting import (
+    LIMITS,
+    describe,
+    fit,
+    left_out_errors,
+    log_errors,
+    measured_runs,
+    slopes_of,
+)
+
+
+def main() -> None:
+    """Fit, validate, and write on demand."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--turns", type=int, default=3, help="Gauss-Newton steps")
+    parser.add_argument("--write", action="store_true", help="replace factors.toml")
+    wanted = parser.parse_args()
+    models = load_models(shipped("models.json.gz"))
+    rows, runs = measured_runs(load_runs(shipped("runs.csv.gz")), models)
+    names = list(LIMITS)
+    print(f"{len(runs)} runs, {len(names)} factors; before: {describe(log_errors(runs, fitted()))}")
+    found = fit(runs, fitted(), names, iterations=wanted.turns, progress=print)
+    errors = log_errors(runs, found)
+    slopes = slopes_of(runs, found, names, errors)
+    for title, key in (("model", "model"), ("GPU type", "gpu")):
+        left_out = left_out_errors(errors, slopes, [row[key] for row in rows])
+        print(f"with each {title} left out in turn: {describe(left_out)}")
+    if wanted.write:
+        path = Path(str(meshwright.cost.__file__)).parent / "factors.toml"
+        path.write_text(as_toml(found), encoding="ascii")
+        print(f"wrote {path.name}")
+
+
+def as_toml(factors: Factors) -> str:
+    """Return the document of ``factors.toml``."""
+    today, machine = datetime.date.today().isoformat(), platform.machine()
+    lines = [
+        "# Fitted factors of the cost model. Facts of hardware are in describe/hardware.",
+        f"# How: bench/fit_factors.py on the shipped runs, {today}, Python "
+        f"{platform.python_version()} on {machine}.",
+        "",
+    ]
+    tables: list[str] = []
+    for entry in fields(Factors):
+        value: Any = getattr(factors, entry.name)
+        if isinstance(value, Mapping):
+            known = cast("Mapping[str, float]", value)
+            tables += ["", f"[{entry.name}]", *(_line(k, v) for k, v in sorted(known.items()))]
+        else:
+            lines.append(_line(entry.name, value))
+    return "\n".join(lines + tables) + "\n"
+
+
+def _line(key: str, value: float) -> str:
+    return f"{key if '.' not in key else repr(key).replace(chr(39), chr(34))} = {value:.4g}"
+
+
+if __name__ == "__main__":
+    main()

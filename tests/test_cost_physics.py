@@ -1,0 +1,215 @@
+"""What a switch, a card or a setting does to the price: signs and laws of the physics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from meshwright.cost.compute import power_fraction, speeds
+from meshwright.cost.detail import Estimate, estimate
+from meshwright.cost.factors import Factors, fitted, most_specific
+from meshwright.cost.memory import statistic_bytes
+from meshwright.describe.cluster import load_cluster, load_gpu
+from meshwright.describe.job import Execution, Job, precision
+from meshwright.describe.models import load_model
+from meshwright.fit.fitting import (
+    LIMITS,
+    Measured,
+    fit,
+    left_out_errors,
+    log_errors,
+    predicted_s,
+    slopes_of,
+    value_of,
+    with_values,
+)
+from meshwright.fit.rows import Run
+from meshwright.parallel.layout import Recompute, Zero, layout
+
+LLAMA = load_model("llama3-8b")
+DEEPSEEK = load_model("deepseek-v3")
+SPLIT = "Et*7|(t*8|)*6t*6mL"
+
+
+def job(**execution: object) -> Job:
+    switches = Execution(**execution)  # pyright: ignore[reportArgumentType]
+    return Job(seq_len=4096, gbs=64, execution=switches)
+
+
+def llama(**switches: object) -> Estimate:
+    x = layout(tp=2, gpus=8)
+    return estimate(LLAMA, load_cluster("8xH100"), job(**switches), x)
+
+
+def deepseek(**switches: object) -> Estimate:
+    x = layout(pp=8, ep=32, gpus=256, recompute=Recompute.full, pipeline_layout=SPLIT)
+    cluster = load_cluster("256xH100")
+    return estimate(DEEPSEEK, cluster, replace(job(**switches), gbs=512), x)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "slower",
+    [
+        {"fused_kernels": False},
+        {"flash_attention": False},
+        {"overlap_tp_comm": False},
+        {"overlap_grad_reduce": False, "overlap_param_gather": False},
+        {"fused_wgrad_accumulation": False},
+        {"recompute_every_second_matmul": True},
+        {"tuned_attention": False},
+    ],
+)
+def test_what_is_switched_off_costs_time(slower: dict[str, object]) -> None:
+    assert llama(**slower).step_time_s > llama().step_time_s
+
+
+def test_unfused_softmax_is_slower_still() -> None:
+    fused = llama(flash_attention=False).step_time_s
+    assert llama(flash_attention=False, fused_softmax=False).step_time_s > fused
+
+
+@pytest.mark.parametrize(
+    "slower",
+    [
+        {"dispatcher": "alltoall", "cuda_graphs": "full"},
+        {"dispatcher": "deepep", "cuda_graphs": "none"},
+        {"dispatcher": "deepep", "cuda_graphs": "full", "forced_balance": False},
+        {"dispatcher": "deepep", "cuda_graphs": "full", "fused_permute": False},
+    ],
+)
+def test_experts_run_best_balanced_graphed_and_sent_once(slower: dict[str, object]) -> None:
+    best = deepseek(dispatcher="deepep", cuda_graphs="full")
+    assert deepseek(**slower).step_time_s > best.step_time_s
+
+
+def test_graphs_of_some_modules_save_part_of_what_whole_graphs_save() -> None:
+    none, whole = deepseek(), deepseek(cuda_graphs="full")
+    part = deepseek(cuda_graphs="partial", graphed_modules=frozenset({"attn", "moe_router"}))
+    assert whole.step_time_s <= part.step_time_s <= none.step_time_s
+
+
+def test_overlapping_the_exchange_of_experts_hides_most_of_it() -> None:
+    apart = deepseek().time["ep_comm_s"]
+    assert deepseek(overlap_ep_comm=True).time["ep_comm_s"] < 0.5 * apart
+
+
+def test_a_power_limit_slows_matmuls_less_than_in_proportion() -> None:
+    full, limited = load_gpu("H100-SXM-80GB"), load_gpu("H100-SXM-80GB-500W", nearest=True)
+    factors = with_values(fitted(), {"clock_fraction.H100-SXM-80GB": 1.0})
+    share = power_fraction(limited, Execution(), factors) / power_fraction(
+        full, Execution(), factors
+    )
+    assert 500 / 700 < share < 1.0
+
+
+def test_boosting_the_cores_speeds_up_matmuls() -> None:
+    assert llama(power_boost=True).step_time_s < llama().step_time_s
+
+
+def test_short_heads_are_slower_per_flop() -> None:
+    at = speeds(load_gpu("H100"), precision("bf16"), Execution(), fitted())
+    per_flop = [
+        (2.0 * d / at.attention_flops_per_s + 1.0 / at.exponentials_per_s) / d for d in (64, 128)
+    ]
+    assert per_flop[0] > per_flop[1]
+
+
+def test_blackwell_ultra_takes_exponentials_twice_as_fast() -> None:
+    recipe, factors = precision("bf16"), fitted()
+    b200, b300 = (speeds(load_gpu(n), recipe, Execution(), factors) for n in ("B200", "B300"))
+    clocks = [power_fraction(load_gpu(n), Execution(), factors) for n in ("B200", "B300")]
+    ratio = b300.exponentials_per_s / b200.exponentials_per_s
+    assert ratio == pytest.approx(2.0 * clocks[1] / clocks[0])
+
+
+def test_the_most_specific_share_counts() -> None:
+    table = {"hopper": 0.7, "hopper.fp8": 0.6, "fp4": 0.4}
+    assert most_specific(table, "Hopper", "fp8", 0.1) == 0.6
+    assert most_specific(table, "Hopper", "bf16", 0.1) == 0.7
+    assert most_specific(table, "Blackwell Ultra", "fp4", 0.1) == 0.4
+    assert most_specific(table, "Volta", "fp16", 0.1) == 0.1
+
+
+def test_adapters_cost_less_than_training_every_weight() -> None:
+    x, cluster = layout(tp=2, gpus=8), load_cluster("8xH100")
+    whole = estimate(LLAMA, cluster, job(), x)
+    lora = estimate(LLAMA, cluster, replace(job(), task="lora"), x)
+    few = estimate(LLAMA, cluster, replace(job(), task="lora", lora_targets=frozenset({"qkv"})), x)
+    assert few.step_time_s < lora.step_time_s < whole.step_time_s
+    assert lora.memory["optimizer_bytes"] < 0.1 * whole.memory["optimizer_bytes"]
+
+
+def test_packed_samples_attend_to_less() -> None:
+    assert llama(packed_sample_tokens=256).step_time_s < llama().step_time_s
+
+
+def test_checkpointing_by_op_keeps_about_half() -> None:
+    whole = llama().memory["activations_bytes"]
+    kept = llama(recompute_every_second_matmul=True).memory["activations_bytes"]
+    assert 0.2 * whole < kept < 0.6 * whole
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"compiled_cross_entropy": False}, {"compiled_cross_entropy": True}),
+        ({"fused_cross_entropy": True}, {"fused_cross_entropy": False}),
+        (
+            {"fused_cross_entropy": False},
+            {"fused_cross_entropy": False, "in_place_cross_entropy": False},
+        ),
+        ({"keeps_placeholders": False}, {"keeps_placeholders": True}),
+    ],
+)
+def test_losses_and_placeholders_hold_memory(
+    less: dict[str, object], more: dict[str, object]
+) -> None:
+    assert llama(**less).peak_bytes < llama(**more).peak_bytes
+
+
+def test_kinds_of_memory_nest() -> None:
+    terms = {"peak_bytes": 60e9, "framework_bytes": 5e9}
+    kinds = [statistic_bytes(terms, kind, 0.03) for kind in ("allocated", "reserved", "nvidia-smi")]
+    assert kinds == sorted(kinds)
+    assert kinds[0] == 55e9
+
+
+def test_every_fitted_factor_is_within_what_it_may_be() -> None:
+    for name, (low, high) in LIMITS.items():
+        assert low <= value_of(fitted(), name) <= high * 1.001, name
+
+
+def runs_of(factors: Factors) -> list[Measured]:
+    cluster = load_cluster("8xH100")
+    found: list[Measured] = []
+    for tp in (1, 2, 4, 8):
+        run = Run(
+            model=LLAMA,
+            cluster=cluster,
+            job=job(),
+            layout=layout(tp=tp, gpus=8, zero=Zero.optim),
+            statistic="allocated",
+            rank="fullest",
+            is_module=False,
+            assumed=(),
+        )
+        found.append(Measured(run, predicted_s(run, factors)))
+    return found
+
+
+def test_the_fit_finds_a_planted_factor() -> None:
+    names = ["matmul_fraction.hopper"]
+    planted = with_values(fitted(), {names[0]: value_of(fitted(), names[0]) * 0.9})
+    found = fit(runs_of(planted), fitted(), names, iterations=3)
+    assert value_of(found, names[0]) == pytest.approx(value_of(planted, names[0]), rel=0.01)
+
+
+def test_runs_left_out_of_a_consistent_fit_are_predicted_as_well() -> None:
+    runs, names = runs_of(fitted()), ["matmul_fraction.hopper", "hbm_fraction"]
+    errors = log_errors(runs, fitted())
+    slopes = slopes_of(runs, fitted(), names, errors)
+    assert np.allclose(left_out_errors(errors, slopes, ["a", "a", "b", "b"]), 0.0, atol=1e-9)
+    wrong = errors + np.array([0.0, 0.0, 0.3, 0.0])
+    assert left_out_errors(wrong, slopes, ["a", "a", "b", "a"])[2] == pytest.approx(0.3)
