@@ -355,12 +355,16 @@ class DataParallel:
 
     def grad_norm(self) -> float:
         """Return the norm of the whole gradient: every element counted once over both meshes."""
+        norms = [
+            torch.linalg.vector_norm(piece.grad)
+            for buffer in self.buffers
+            if buffer.trainable and buffer.replicate.index == 0
+            for piece in buffer.pieces()
+            if piece.parameter.box.counted
+        ]
         total = torch.zeros((), dtype=torch.float64)
-        for buffer in self.buffers:
-            if buffer.trainable and buffer.replicate.index == 0:
-                for piece in buffer.pieces():
-                    if piece.parameter.box.counted:
-                        total += piece.grad.double().square().sum().cpu()
+        if norms:
+            total += torch.stack(norms).double().square().sum().cpu()
         return float(all_reduce(total, self.context.groups.world).sqrt())
 
     def scale_gradients(self, factor: float) -> None:

@@ -195,6 +195,10 @@ def vocab_parallel_cross_entropy(
     are padding. Three small all-reduces: maximum, sum of exponentials, the label's logit.
     Ref: Megatron-LM, arXiv:1909.08053, section 3.
     """
+    if group.size == 1:
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        losses = F.cross_entropy(wide.flatten(0, -2), labels.flatten(), reduction="none")
+        return losses.view_as(labels)
     if num_rows < logits.shape[-1]:
         columns = torch.arange(logits.shape[-1], device=logits.device)
         logits = logits.masked_fill(columns >= num_rows, torch.finfo(logits.dtype).min)
