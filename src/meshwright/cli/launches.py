@@ -237,8 +237,8 @@ def show_check(result: CheckResult, *, settings: bool = False) -> None:
     from meshwright.frameworks.launch import TITLES, layout_settings
 
     launch = result.launch
-    started = "unknown number of" if launch.gpus is None else launch.gpus
-    typer.echo(f"{TITLES[launch.framework]}, {started} GPUs")
+    gpus = "an unknown number of" if launch.gpus is None else launch.gpus
+    typer.echo(f"{TITLES[launch.framework]}, {gpus} {'GPU' if gpus == 1 else 'GPUs'}")
     shown = launch.settings if settings else layout_settings(launch)
     idle = ("default", "derived") if launch.words.get("num_moe_experts") else _NOT_SAID
     told = {n: s for n, s in shown.items() if settings or not s.origin.startswith(idle)}

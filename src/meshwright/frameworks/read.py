@@ -67,6 +67,15 @@ _MATTERS: Final = re.compile(
 )
 """Settings that decide layout, job or model: told when their value is not known."""
 
+_NOT_LAUNCHERS: Final = frozenset(
+    {
+        *("echo", "printf", "cat", "cp", "mv", "rm", "ls", "cd", "mkdir", "chmod", "tee", "sed"),
+        *("grep", "awk", "head", "tail", "git", "pip", "set", "exit", "wait", "sleep", "module"),
+        *("rsync", "scp", "touch", "find", "which", "read", "trap", "ulimit", "tar", "wget"),
+    }
+)
+"""Commands that name programs without starting them."""
+
 
 def read_launch(
     source: str | Path | Sequence[str],
@@ -203,6 +212,8 @@ def _from_script(
 
 def _candidate(command: Command, around: Counts) -> Started | None:
     """Return what a command starts; of an unknown launcher, the first Python program in it."""
+    if command.words[0].text.rpartition("/")[2] in _NOT_LAUNCHERS:
+        return None
     first = started(command, around)
     if first is not None and _looks_like_program(first.program.text):
         return first

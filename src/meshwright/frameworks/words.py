@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Final, cast
 
-from meshwright.describe.job import Execution, Job, precision
+from meshwright.describe.job import Execution, Job, Precision, precision
 from meshwright.errors import LayoutError, MeshwrightError, did_you_mean, nearest_divisors
 from meshwright.parallel.layout import (
     CP_COMM_TEXT,
@@ -314,11 +314,19 @@ def job_of(words: Words, x: Layout[int] | None = None) -> Job:
     return Job(
         seq_len=number(words, "seq_length", 1),
         gbs=number(words, "global_batch_size", 1),
-        precision=precision(precision_of(words)),
+        precision=_precision(words),
         task=words.get("task") or "pretrain",
         lora_rank=number(words, "lora_rank", 16),
         execution=execution if x is None else effective(execution, x, _has_experts(words)),
     )
+
+
+def _precision(words: Words) -> Precision:
+    """Return the precision, with gradients in 16 bits where the launch reduces them so."""
+    chosen = precision(precision_of(words))
+    if words.get("grad_reduce_in_bf16") and chosen.grad_bytes == 4.0:
+        return replace(chosen, grad_bytes=2.0, grad_reduce_bytes=2.0)
+    return chosen
 
 
 def precision_of(words: Words) -> str:
@@ -420,6 +428,8 @@ def job_words(job: Job, x: Layout[int]) -> dict[str, Any]:
     if execution.cuda_graphs != "none":
         full = execution.cuda_graphs == "full"
         words["cuda_graph_impl"] = "full_iteration" if full else "transformer_engine"
+    if job.precision.grad_bytes == 2.0 and job.precision.master_bytes:
+        words["grad_reduce_in_bf16"] = True
     if execution.capacity_factor is not None:
         words["moe_expert_capacity_factor"] = execution.capacity_factor
     if execution.optimizer_offload_fraction:
