@@ -329,9 +329,10 @@ def _held_by_rank(
 
 
 def _held(actions: tuple[Action, ...], vpp: int, frees: str) -> Ints:
-    change = np.array([(a.kind == "F") - (a.kind == frees) for a in actions])
-    chunk = np.array([a.chunk for a in actions])
-    held = np.cumsum(change[:, None] * (chunk[:, None] == np.arange(vpp)), axis=0)
+    kinds, chunks, _ = zip(*actions, strict=True)
+    effect = {"F": 1, frees: -1}
+    change = np.array([effect.get(kind, 0) for kind in kinds])
+    held = np.cumsum(change[:, None] * (np.array(chunks)[:, None] == np.arange(vpp)), axis=0)
     # More is held after the next F than before it.
     last = (change > 0) & (np.append(change[1:], 0) <= 0)
     rows: list[list[int]] = held[last].tolist()
