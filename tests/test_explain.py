@@ -7,7 +7,7 @@ from hypothesis import given, settings
 
 from meshwright import api
 from meshwright.cost.detail import TIME_TERMS, estimate
-from meshwright.cost.explain import TERMS, explain_term, shown, values
+from meshwright.cost.explain import TERMS, explain_term, values
 from meshwright.cost.step import MEMORY_TERMS
 from meshwright.describe.cluster import load_cluster
 from meshwright.describe.job import Job
@@ -56,12 +56,6 @@ def test_every_value_that_is_explained_is_the_estimate_s() -> None:
     assert set(found) == set(TERMS)
     assert sum(found[t] for t in TIME_TERMS) == pytest.approx(e.step_time_s)
     assert sum(found[t] for t in MEMORY_TERMS) == pytest.approx(e.peak_bytes)
-
-
-def test_values_are_shown_with_their_units() -> None:
-    assert shown("tp_comm_s", 0.0012) == "1.2 ms"
-    assert shown("weights_bytes", 2.0**30) == "1 GiB"
-    assert shown("mfu_fraction", 0.413) == "41.3%"
 
 
 def test_explain_answers_for_all_terms_or_for_one() -> None:

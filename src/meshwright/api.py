@@ -158,6 +158,7 @@ class Explained:
             "terms": {
                 term: {
                     "value": self.values[term],
+                    "what": TERMS[term].what,
                     "formulas": [f.to_dict() for f in self.formulas[term]],
                 }
                 for term in self.formulas
@@ -424,6 +425,6 @@ def _frameworks() -> list[dict[str, Any]]:
 def _terms() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for term in TERMS:
-        first = explain_term(term)[0]
-        rows.append({"name": term, "what": first.what, "source": first.source})
+        sources = [f.source for f in explain_term(term) if f.source]
+        rows.append({"name": term, "what": TERMS[term].what, "source": sources[0]})
     return rows

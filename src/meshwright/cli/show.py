@@ -292,6 +292,8 @@ def _show_layout_text(x: Layout[int], out: Console) -> None:
 
 def show_explanation(told: Explained) -> None:
     """Print the answer of ``explain``: a line a term, or everything about one."""
+    from meshwright.cost.explain import TERMS
+
     out = console()
     out.print(short_layout(told.plan.layout))
     if len(told.formulas) > 1:
@@ -300,7 +302,8 @@ def show_explanation(told: Explained) -> None:
             table.add_column(name, overflow="fold", justify="right" if name == "value" else "left")
         for term, formulas in told.formulas.items():
             value = format_value(term, told.values[term])
-            table.add_row(term, value, escape(formulas[0].what), escape(formulas[0].source))
+            source = next((f.source for f in formulas if f.source), "")
+            table.add_row(term, value, escape(TERMS[term].what), escape(source))
         out.print(table)
         out.print(
             "\nFor formulas and what they leave out, name a term: meshwright explain ... TERM"
@@ -308,6 +311,7 @@ def show_explanation(told: Explained) -> None:
         return
     for term, formulas in told.formulas.items():
         out.print(f"\n[bold]{term}[/] = {format_value(term, told.values[term])}")
+        out.print(TERMS[term].what)
         for formula in formulas:
             out.print(f"\n{formula.what}", markup=False)
             for label, text in (

@@ -16,35 +16,101 @@ from meshwright.cost import blocks, comm, compute, data_parallel, memory, step
 from meshwright.cost.detail import Estimate
 from meshwright.cost.flops import model_flops_per_step
 from meshwright.errors import MeshwrightError, did_you_mean
-from meshwright.units import format_value
+from meshwright.parallel import pipeline
 
 Formula = Callable[..., Any]
 
-TERMS: dict[str, tuple[Formula, ...]] = {
-    "weights_bytes": (memory.weights_bytes_per_param,),
-    "grads_bytes": (memory.grads_bytes_per_param,),
-    "optimizer_bytes": (memory.optimizer_bytes_per_param,),
-    "activations_bytes": (memory.block_bytes,),
-    "logits_bytes": (memory.saved_tensors,),
-    "buffers_bytes": (memory.working_bytes,),
-    "framework_bytes": (memory.framework_bytes,),
-    "compute_s": (
-        compute.matmul_s,
-        compute.grouped_matmul_s,
-        compute.attention_s,
-        compute.stream_s,
+
+@dataclass(frozen=True)
+class Term:
+    """A number of an estimate: what it says, and the functions that compute it."""
+
+    what: str
+    formulas: tuple[Formula, ...]
+
+
+TERMS: dict[str, Term] = {
+    "peak_bytes": Term(
+        "Most bytes that the fullest rank holds at once; the memory terms sum to it.",
+        (step.memory_of_candidates, memory.block_bytes),
     ),
-    "recompute_s": (blocks.block_seconds,),
-    "tp_comm_s": (blocks.tensor_parallel_s, comm.all_gather_s, comm.all_reduce_s),
-    "cp_comm_s": (blocks.context_parallel_s, comm.ring_step_s),
-    "ep_comm_s": (blocks.expert_parallel_s, comm.all_to_all_s),
-    "pp_comm_s": (comm.point_to_point_s,),
-    "bubble_s": (step.simulate_group, step.pipeline_bound_s),
-    "dp_comm_s": (data_parallel.dp_comm_s, data_parallel.gather_and_reduce_s),
-    "optimizer_s": (data_parallel.optimizer_s,),
-    "mfu_fraction": (model_flops_per_step,),
+    "weights_bytes": Term(
+        "Weights that the rank holds for compute.", (memory.weights_bytes_per_param,)
+    ),
+    "grads_bytes": Term("Gradient buffers.", (memory.grads_bytes_per_param,)),
+    "optimizer_bytes": Term(
+        "Master weights and Adam moments.", (memory.optimizer_bytes_per_param,)
+    ),
+    "activations_bytes": Term(
+        "What forward passes keep for backward, times the micro-batches held at once.",
+        (memory.block_bytes, pipeline.held_microbatches),
+    ),
+    "logits_bytes": Term(
+        "Logits that the loss keeps for backward, on the last stage.", (memory.saved_tensors,)
+    ),
+    "buffers_bytes": Term(
+        "Gradients alive inside the largest block, placeholders, messages, gathered weights.",
+        (memory.working_bytes, memory.placeholder_bytes, memory.workspace_bytes),
+    ),
+    "framework_bytes": Term(
+        "Context, libraries, communicators, and what the allocator holds unused.",
+        (memory.framework_bytes,),
+    ),
+    "step_time_s": Term(
+        "First forward to the end of the update; the time terms sum to it.",
+        (step.simulate_group, pipeline.simulate),
+    ),
+    "compute_s": Term(
+        "Kernels of forward and backward on the slowest rank.",
+        (
+            compute.matmul_s,
+            compute.grouped_matmul_s,
+            compute.attention_s,
+            compute.attention_backward_s,
+            compute.stream_s,
+            compute.power_fraction,
+        ),
+    ),
+    "recompute_s": Term(
+        "Forwards run again in the backward pass, with their communication.",
+        (blocks.block_seconds,),
+    ),
+    "tp_comm_s": Term(
+        "Tensor-parallel communication that its overlap switch does not hide.",
+        (
+            blocks.comm_seconds,
+            blocks.tensor_parallel_s,
+            comm.all_gather_s,
+            comm.all_reduce_s,
+        ),
+    ),
+    "cp_comm_s": Term(
+        "Exchange of keys and values that attention does not hide.",
+        (blocks.context_parallel_s, comm.ring_step_s, comm.all_gather_s),
+    ),
+    "ep_comm_s": Term(
+        "Routed tokens sent to their experts and back, less what is overlapped.",
+        (blocks.comm_seconds, blocks.expert_parallel_s, comm.all_to_all_s, comm.dispatch_s),
+    ),
+    "pp_comm_s": Term(
+        "What messages between stages add to the simulated schedule.",
+        (comm.point_to_point_s, step.simulate_group),
+    ),
+    "bubble_s": Term(
+        "Time in which the slowest rank waits for the pipeline.",
+        (step.simulate_group, pipeline.simulate),
+    ),
+    "dp_comm_s": Term(
+        "Reduction of gradients and gathering of weights that compute does not hide.",
+        (data_parallel.dp_comm_s, data_parallel.gather_and_reduce_s),
+    ),
+    "optimizer_s": Term("The update of the rank's share.", (data_parallel.optimizer_s,)),
+    "mfu_fraction": Term(
+        "Model FLOP/s per GPU over the dense peak of the precision that matmuls run in.",
+        (model_flops_per_step,),
+    ),
 }
-"""The functions that compute each term of an estimate."""
+"""Every number of an estimate that can be explained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +139,7 @@ def explain_term(term: str) -> list[Explanation]:
     """
     if term not in TERMS:
         raise MeshwrightError("term", term, "There is no such term.", did_you_mean(term, TERMS))
-    return [_read(formula) for formula in TERMS[term]]
+    return [_read(formula) for formula in TERMS[term].formulas]
 
 
 def _read(formula: Formula) -> Explanation:
@@ -82,14 +148,22 @@ def _read(formula: Formula) -> Explanation:
     body, source, left_out = _split(" ".join((ref + source + " " + rest).split()))
     if source.startswith("as the module"):
         source = _of_module(formula) + source.removeprefix("as the module").rstrip(".")
-    return Explanation(what=what.strip(), formula=body, source=source, left_out=left_out)
+    parts = (what.strip(), body, source, left_out)
+    what, body, source, left_out = (_plain(part) for part in parts)
+    return Explanation(what=what, formula=body, source=source, left_out=left_out)
+
+
+def _plain(text: str) -> str:
+    """Return docstring text without its markup."""
+    return text.replace("``", "")
 
 
 def _split(text: str) -> tuple[str, str, str]:
     """Return what stands before ``Ref:``, after it, and after ``Left out:``."""
+    text = text.partition("Raises ``")[0]
     body, *left_out = re.split(r"Left out(?:, as there)?:", text, maxsplit=1)
     body, _, source = body.partition("Ref:")
-    return body.strip(), source.strip(), " ".join(left_out).partition("Raises ")[0].strip()
+    return body.strip(), source.strip(), " ".join(left_out).strip()
 
 
 def _of_module(formula: Formula) -> str:
@@ -99,9 +173,9 @@ def _of_module(formula: Formula) -> str:
 
 def values(e: Estimate) -> dict[str, float]:
     """Return every number of an estimate that can be explained, by term."""
-    return {**e.memory, **e.time, "mfu_fraction": e.mfu_fraction}
-
-
-def shown(term: str, value: float) -> str:
-    """Return a value with its unit, for people."""
-    return format_value(term, value)
+    whole = {
+        "peak_bytes": e.peak_bytes,
+        "step_time_s": e.step_time_s,
+        "mfu_fraction": e.mfu_fraction,
+    }
+    return {**whole, **e.memory, **e.time}
