@@ -57,8 +57,8 @@ def report(runs: int) -> str:
     lines = [
         "# Cold start",
         "",
-        f"{datetime.date.today()}, {machine()}, load average {os.getloadavg()[0]:.1f} at the start; "
-        f"{runs} runs of each, `python bench/cold_start.py`.",
+        f"{datetime.date.today()}, {machine()}, load average {os.getloadavg()[0]:.1f} at the "
+        f"start; {runs} runs of each, `python bench/cold_start.py`.",
         "",
         "| command | median wall | fastest wall | median core |",
         "|---|---|---|---|",
