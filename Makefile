@@ -29,7 +29,7 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[runtime,report,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[runtime,dev]"
 	touch $@
 
 clean:
