@@ -16,6 +16,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 import meshwright.cost
 from meshwright.cost.factors import Factors, fitted
 from meshwright.fit.documents import load_models, load_runs, shipped
@@ -26,7 +28,9 @@ from meshwright.fit.fitting import (
     left_out_errors,
     log_errors,
     measured_runs,
+    prior_of,
     slopes_of,
+    value_of,
 )
 
 
@@ -43,8 +47,9 @@ def main() -> None:
     found = fit(runs, fitted(), names, iterations=wanted.turns, progress=print)
     errors = log_errors(runs, found)
     slopes = slopes_of(runs, found, names, errors)
+    away = np.log([prior_of(found, name) / value_of(found, name) for name in names])
     for title, key in (("model", "model"), ("GPU type", "gpu")):
-        left_out = left_out_errors(errors, slopes, [row[key] for row in rows])
+        left_out = left_out_errors(errors, slopes, [row[key] for row in rows], away)
         print(f"with each {title} left out in turn: {describe(left_out)}")
     if wanted.write:
         path = Path(str(meshwright.cost.__file__)).parent / "factors.toml"

@@ -21,6 +21,7 @@ from meshwright.fit.fitting import (
     left_out_errors,
     log_errors,
     predicted_s,
+    prior_of,
     slopes_of,
     value_of,
     with_values,
@@ -210,6 +211,19 @@ def test_runs_left_out_of_a_consistent_fit_are_predicted_as_well() -> None:
     runs, names = runs_of(fitted()), ["matmul_fraction.hopper", "hbm_fraction"]
     errors = log_errors(runs, fitted())
     slopes = slopes_of(runs, fitted(), names, errors)
-    assert np.allclose(left_out_errors(errors, slopes, ["a", "a", "b", "b"]), 0.0, atol=1e-9)
+    none = np.zeros(len(names))
+    left_out = left_out_errors(errors, slopes, ["a", "a", "b", "b"], none)
+    assert np.allclose(left_out, 0.0, atol=1e-9)
     wrong = errors + np.array([0.0, 0.0, 0.3, 0.0])
-    assert left_out_errors(wrong, slopes, ["a", "a", "b", "a"])[2] == pytest.approx(0.3)
+    assert left_out_errors(wrong, slopes, ["a", "a", "b", "a"], none)[2] == pytest.approx(0.3)
+
+
+def test_what_no_other_run_informs_goes_back_to_its_prior() -> None:
+    runs, names = runs_of(fitted()), ["clock_fraction.H100-SXM-80GB"]
+    errors = log_errors(runs, fitted())
+    slopes = slopes_of(runs, fitted(), names, errors)
+    away = np.array([-0.1])
+    left_out = left_out_errors(errors, slopes, ["a"] * 4, away)
+    assert np.all(left_out > 0.01)
+    assert prior_of(fitted(), names[0]) == 1.0
+    assert prior_of(fitted(), "hbm_fraction") == Factors().hbm_fraction

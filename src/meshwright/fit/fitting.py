@@ -185,12 +185,27 @@ def fit(
     return factors
 
 
-def left_out_errors(errors: Floats, slopes: Floats, folds: Sequence[str], turns: int = 5) -> Floats:
+def prior_of(factors: Factors, name: str) -> float:
+    """Return what a factor is taken to be where no run informs it.
+
+    A card's clock: 1, what the power law expects. A factor without a key: its default, set before
+    any fit. Shares by family are taken as fitted: no fold leaves a family without runs.
+    """
+    head, _, key = name.partition(".")
+    if head == "clock_fraction":
+        return 1.0
+    return value_of(factors, name) if key else value_of(Factors(), name)
+
+
+def left_out_errors(
+    errors: Floats, slopes: Floats, folds: Sequence[str], away: Floats, turns: int = 5
+) -> Floats:
     """Return the log errors that runs would have with their own fold left out of the fit.
 
     For every fold the normal equations are solved again without its runs, from the fitted factors
-    and with predictions linear in the logarithms of the factors, which they nearly are for the
-    small moves that one fold makes. Left out: what second derivatives would change.
+    and with predictions linear in the logarithms of the factors. ``away`` is log(prior / fitted)
+    of each factor: what the runs that remain do not inform goes back to its prior. Left out: what
+    second derivatives would change, and that formulas were chosen with all runs in sight.
     """
     out = errors.copy()
     names = np.asarray(folds)
@@ -198,17 +213,17 @@ def left_out_errors(errors: Floats, slopes: Floats, folds: Sequence[str], turns:
         kept = names != fold
         move = np.zeros(slopes.shape[1])
         for _ in range(turns):
-            move = move + _linear_move(errors[kept], slopes[kept], move)
+            move = move + _linear_move(errors[kept], slopes[kept], move, away)
         out[~kept] = errors[~kept] + np.einsum("ri,i->r", slopes[~kept], move)
     return out
 
 
-def _linear_move(errors: Floats, slopes: Floats, move: Floats) -> Floats:
+def _linear_move(errors: Floats, slopes: Floats, move: Floats, away: Floats) -> Floats:
     now = errors + np.einsum("ri,i->r", slopes, move)
     weights = 1.0 / np.sqrt(1.0 + (now / SCALE) ** 2) / SCALE**2
     damping = np.full(slopes.shape[1], 1.0 / PRIOR_WIDTH**2)
     left = np.einsum("ri,r,rj->ij", slopes, weights, slopes) + np.diag(damping)
-    right = -np.einsum("ri,r,r->i", slopes, weights, now) - damping * move
+    right = -np.einsum("ri,r,r->i", slopes, weights, now) - damping * (move - away)
     return np.clip(_solved(left, right), -0.4, 0.4)
 
 

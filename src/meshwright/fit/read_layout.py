@@ -124,7 +124,7 @@ def _chunks(s: Settings, model: Model, pp: int, num_microbatches: int) -> int:
     if pp == 1:
         return 1
     per_rank = model.num_layers // pp
-    vpp = 1
+    vpp = 2 if "interleaved" in s.text("pp_schedule") and num_microbatches >= pp else 1
     if model.num_layers % pp == 0 and num_microbatches % pp == 0:
         chunks = range(1, per_rank + 1)
         vpp = max((v for v in chunks if per_rank % v == 0 and per_rank // v >= 2), default=1)
@@ -135,7 +135,7 @@ def _chunks(s: Settings, model: Model, pp: int, num_microbatches: int) -> int:
 def read_layout(s: Settings, framework: Framework, model: Model, d: Degrees) -> Layout[int]:
     """Return the layout of a row. Raises ``LayoutError`` where it cannot hold together."""
     dp = d.num_gpus // (d.tp * d.cp * d.pp)
-    recompute, num_layers = read_recompute(s)
+    recompute, num_layers = read_recompute(s, model.num_layers // (d.pp * d.vpp))
     zero, replicas = _sharding(s, framework, dp * d.cp)
     schedule = Pipeline.interleaved if d.vpp > 1 else Pipeline.one_f_one_b
     levels = tuple(int(n) for n in s.items("hierarchical_context_parallel_sizes") if n.isdigit())
@@ -188,7 +188,7 @@ def _cp_comm(s: Settings, framework: Framework) -> CpComm:
     return words.get(word, CpComm.p2p)
 
 
-def read_recompute(s: Settings) -> tuple[Recompute, int]:
+def read_recompute(s: Settings, layers_per_stage: int) -> tuple[Recompute, int]:
     """Return what a run recomputes and the number of layers of a method."""
     text = s.cell("recompute").lower()
     if not text:
@@ -201,9 +201,7 @@ def read_recompute(s: Settings) -> tuple[Recompute, int]:
         return Recompute.full | block, number
     if kind == "selective":
         if "every 2nd" in detail and "layer" in detail:
-            # Every second layer whole: half of the layers of each stage.
-            s.assumed.append("recompute of every second layer is priced as none of them")
-            return Recompute.none, 0
+            return Recompute.full | Recompute.block, max(layers_per_stage // 2, 1)
         return _modules(s, re.findall(r"[a-z0-9_]+", detail.partition("(")[0])), 0
     if kind not in ("none", ""):
         s.assumed.append(f"recompute {text!r} is read as none")

@@ -17,6 +17,9 @@ Pair = tuple[Row, Prediction]
 TUNED = ("benchmark", "paper", "matched-ab")
 """Qualities of runs that were tuned or controlled; only these count for step time."""
 
+RANKED = (*TUNED, "sweep")
+"""Qualities whose layouts are ranked: sweeps are noisy in time, and made to compare layouts."""
+
 PAIR_DIFFERENCE = 0.02
 """Layouts whose measured times are nearer than this share are not ranked against each other."""
 
@@ -50,7 +53,7 @@ def summarize(
             weighed, memory_error, lambda r: r.get("peak_memory_stat") or ""
         ),
         "interval": _interval(tuned),
-        "ranking": ranking(tuned),
+        "ranking": ranking([m for m in timed if (m[0].get("quality") or "") in RANKED]),
         "worst_step_time": _worst(tuned, time_error),
         "worst_peak_memory": _worst(weighed, memory_error),
     }
