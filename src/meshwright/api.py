@@ -17,7 +17,15 @@ from meshwright.describe.job import job as make_job
 from meshwright.describe.model import Model
 from meshwright.describe.models import known_models, load_model
 from meshwright.errors import LayoutError, MeshwrightError, did_you_mean
-from meshwright.parallel.layout import Layout, from_text, layout_fields, to_dict, to_text
+from meshwright.parallel.layout import (
+    SCHEDULE_TEXT,
+    Layout,
+    Pipeline,
+    from_text,
+    layout_fields,
+    to_dict,
+    to_text,
+)
 from meshwright.parallel.mesh import rank_groups
 from meshwright.plans import Plan, Plans, difference, estimate_plan
 from meshwright.plans import plan as _plan
@@ -412,7 +420,8 @@ def _schedules() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name in registry.names(package):
         doc = registry.load(package, name, field="schedule").__doc__ or ""
-        rows.append({"name": name, "what": doc.strip().splitlines()[0]})
+        text = SCHEDULE_TEXT[Pipeline[name]]
+        rows.append({"name": text, "what": doc.strip().splitlines()[0]})
     return rows
 
 

@@ -61,8 +61,9 @@ def did_you_mean(value: str, known: Iterable[str], most: int = 3) -> str:
     if near:
         original = {n.lower(): n for n in names}
         return "Did you mean " + " or ".join(original[n] for n in near) + "?"
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"Choose from {shown}."
+    shown = ", ".join(names[:12])
+    more = len(names) - 12
+    return f"Choose from {shown}{f' and {more} more' if more > 0 else ''}."
 
 
 def nearest_divisors(number: int, wanted: int, most: int = 2) -> list[int]:

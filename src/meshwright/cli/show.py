@@ -376,13 +376,24 @@ def _short(ranks: Sequence[int]) -> str:
     return f"({shown})"
 
 
+_HEADINGS = {
+    "hbm_bytes": "memory",
+    "hbm_bytes_per_s": "memory bandwidth",
+    "bf16_flops_per_s": "bf16 peak",
+    "peer_bytes_per_s": "NVLink, one way",
+    "num_params": "parameters",
+    "num_active_params": "active",
+    "model_type": "family",
+}
+
+
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print records as a table, quantities with their units."""
     if not rows:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in rows[0]:
-        table.add_column(name.split("_bytes")[0] if "bytes" in name else name, overflow="fold")
+        table.add_column(_HEADINGS.get(name, name), overflow="fold")
     for record in rows:
         table.add_row(*(escape(_cell(k, v)) for k, v in record.items()))
     console().print(table)
