@@ -80,7 +80,7 @@ def memory_columns(t: Table) -> dict[str, Floats]:
     return out
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(situations_with_rows(min_rows=50, max_rows=60))
 def test_a_row_of_a_table_costs_bit_for_bit_what_it_costs_alone(
     drawn: tuple[Situation, list[int]],
@@ -94,7 +94,7 @@ def test_a_row_of_a_table_costs_bit_for_bit_what_it_costs_alone(
             assert same, f"{name}: {together[name][i]} in the table, {alone[0]} alone"
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_rows())
 def test_a_bound_is_never_above_what_the_simulation_finds(
     drawn: tuple[Situation, list[int]],
@@ -106,7 +106,7 @@ def test_a_bound_is_never_above_what_the_simulation_finds(
     assert np.all(bound <= simulated * (1 + ROUNDING))
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_rows())
 def test_costs_are_finite_and_not_negative(drawn: tuple[Situation, list[int]]) -> None:
     s, rows = drawn
@@ -120,7 +120,7 @@ def priced_in_full(s: Situation, x: Layout[int]) -> Estimate:
     return estimate(s.model, s.cluster, s.job, x)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_layout())
 def test_the_terms_of_an_estimate_add_up_and_none_is_negative(
     drawn: tuple[Situation, Layout[int]],
@@ -139,7 +139,7 @@ def test_the_terms_of_an_estimate_add_up_and_none_is_negative(
     assert sum(stage["layers"] for stage in e.stages) == s.model.num_layers
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_layout())
 def test_an_estimate_equals_the_row_of_a_table(drawn: tuple[Situation, Layout[int]]) -> None:
     s, x = drawn
@@ -148,7 +148,7 @@ def test_an_estimate_equals_the_row_of_a_table(drawn: tuple[Situation, Layout[in
     assert e.step_time_s == pytest.approx(simulated_step_s(t)[0], rel=ROUNDING)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     model=strategies.models(),
     name=st.sampled_from(["8xH100", "8xA100-40GB", "16xGB200", "8xV100-32GB", "16xMI300X"]),
@@ -192,7 +192,7 @@ STATIC = ("weights_bytes", "grads_bytes", "optimizer_bytes")
 ACTIVATIONS = ("activations_bytes", "logits_bytes")
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_layout(), st.sampled_from([2, 3, 4]))
 def test_more_data_parallelism_never_holds_more_optimizer_bytes(
     drawn: tuple[Situation, Layout[int]], times: int
@@ -206,7 +206,7 @@ def test_more_data_parallelism_never_holds_more_optimizer_bytes(
     assert most(s, many, ("optimizer_bytes",), job) <= held
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_layout())
 def test_each_stage_of_sharding_holds_less_or_the_same(
     drawn: tuple[Situation, Layout[int]],
@@ -216,7 +216,7 @@ def test_each_stage_of_sharding_holds_less_or_the_same(
     assert held == sorted(held, reverse=True)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_layout())
 def test_sharding_over_dp_times_cp_ranks_divides_exactly_what_its_stage_says(
     drawn: tuple[Situation, Layout[int]],
@@ -233,7 +233,7 @@ def test_sharding_over_dp_times_cp_ranks_divides_exactly_what_its_stage_says(
                 assert b[term][0] == pytest.approx(a[term][0] / shards, rel=ROUNDING)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_layout(), st.sampled_from([r for r in Recompute if 0 < r < Recompute.block]))
 def test_recomputing_never_saves_time_and_never_keeps_more(
     drawn: tuple[Situation, Layout[int]], module: Recompute
@@ -246,7 +246,7 @@ def test_recomputing_never_saves_time_and_never_keeps_more(
     assert slow >= fast * (1 - ROUNDING)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_layout())
 def test_a_larger_micro_batch_never_keeps_less(drawn: tuple[Situation, Layout[int]]) -> None:
     s, x = drawn
@@ -255,7 +255,7 @@ def test_a_larger_micro_batch_never_keeps_less(drawn: tuple[Situation, Layout[in
     assert small <= large * (1 + ROUNDING)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_layout())
 def test_a_longer_sequence_never_keeps_less_and_never_takes_less_time(
     drawn: tuple[Situation, Layout[int]],
@@ -268,7 +268,7 @@ def test_a_longer_sequence_never_keeps_less_and_never_takes_less_time(
     assert times[0] <= times[1]
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_layout())
 def test_tensor_parallelism_divides_the_weights_but_for_what_every_rank_holds(
     drawn: tuple[Situation, Layout[int]],
@@ -281,7 +281,7 @@ def test_tensor_parallelism_divides_the_weights_but_for_what_every_rank_holds(
     assert half < whole
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_rows())
 def test_a_faster_network_is_never_slower(drawn: tuple[Situation, list[int]]) -> None:
     s, rows = drawn

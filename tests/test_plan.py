@@ -123,7 +123,7 @@ def test_a_cluster_of_another_size_keeps_its_gpus_and_links() -> None:
         assert other.gpus_per_node == cluster.gpus_per_node
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(situations_with_layout())
 def test_a_layout_as_text_and_as_json_reads_back_and_prices_the_same(
     drawn: tuple[Situation, Layout[int]],

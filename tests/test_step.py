@@ -62,7 +62,7 @@ def with_every_rank(t: Table, g: Group) -> Group:
     return replace(g, stages=replace(whole, dp_ranks=tuple(range(g.key.pp))))
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(situations_with_rows())
 def test_ranks_that_are_not_looked_at_are_never_the_fullest_or_the_slowest(
     drawn: tuple[Situation, list[int]],
@@ -79,7 +79,7 @@ def test_ranks_that_are_not_looked_at_are_never_the_fullest_or_the_slowest(
             assert np.array_equal(few, all_of_them)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(situations_with_rows(min_rows=20))
 def test_groups_hold_every_row_once_and_share_their_pipeline(
     drawn: tuple[Situation, list[int]],
@@ -120,7 +120,7 @@ def test_full_recomputation_in_blocks_runs_the_first_layers_of_each_stage_again(
     assert recompute_s(block, 8) == pytest.approx(whole, rel=1e-9)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(situations_with_layout())
 def test_full_recomputation_keeps_no_more_on_any_rank(
     drawn: tuple[Situation, Layout[int]],
