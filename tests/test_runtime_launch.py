@@ -82,3 +82,9 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_none_survives(tmp_path
     assert time.monotonic() - start_s < 10
     pids = [int((tmp_path / str(rank)).read_text(encoding="ascii")) for rank in range(2)]
     assert not any(map(_alive, pids))
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_is_a_positive_number_of_seconds(timeout_s: float) -> None:
+    with pytest.raises(LaunchError, match="timeout_s"):
+        run_ranks(1, lambda rank: rank, timeout_s=timeout_s)

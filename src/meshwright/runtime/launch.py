@@ -34,6 +34,7 @@ from torch.distributed.rendezvous import rendezvous
 from meshwright.errors import LaunchError, MeshwrightError
 
 LINUX_PR_SET_PDEATHSIG = 1
+MOST_TIMEOUT_S = 8_640_000
 GRACE_S = 2.0
 """After the first failure, how long the others may take to tell what they saw."""
 
@@ -54,6 +55,7 @@ def run_ranks(
     after ``timeout_s``; a ``MeshwrightError`` of a rank is raised as it is. No process outlives the
     call.
     """
+    check_timeout(timeout_s)
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="meshwright-") as folder:
@@ -91,6 +93,13 @@ def run_ranks(
                 process.join()
             for pipe in pipes:
                 pipe.close()
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Raise ``LaunchError`` unless a timeout lies between 0 and a hundred days."""
+    if not 0 < timeout_s <= MOST_TIMEOUT_S:
+        rule = f"It is a number of seconds above 0, at most {MOST_TIMEOUT_S}."
+        raise LaunchError("timeout_s", timeout_s, rule, "Use 120.")
 
 
 def _rank_main(
@@ -148,6 +157,7 @@ def join_torchrun(world_size: int, timeout_s: float) -> Generator[int, None, Non
 
     Raises ``LaunchError`` when there are not ``world_size`` ranks or they do not meet in time.
     """
+    check_timeout(timeout_s)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     if started != world_size:
