@@ -130,6 +130,10 @@ def test_an_unknown_word_is_priced_as_the_nearest_and_listed() -> None:
         {"other_settings": "[1]"},
         {"gbs": "-8"},
         {"seq_len": "0"},
+        {"n_gpus": "99999999999999"},
+        {"pp": "3000000"},
+        {"pp": "99999999999999", "n_gpus": ""},
+        {"vpp": "99999999999999"},
     ],
 )
 def test_a_row_that_cannot_mean_anything_is_refused_with_the_reason(cells: dict[str, str]) -> None:
@@ -137,6 +141,15 @@ def test_a_row_that_cannot_mean_anything_is_refused_with_the_reason(cells: dict[
     assert found.status == "refused"
     assert found.why
     assert found.step_time_s is None
+
+
+@pytest.mark.parametrize("value", [7, -1, "abc", "nan", 1e400, None, True])
+def test_senseless_numbers_in_settings_leave_the_prediction_finite(value: object) -> None:
+    words = settings(optimizer_offload_fraction=value, moe_expert_capacity_factor=value)
+    found = one(other_settings=words)
+    assert found.status == "ok"
+    assert 0 < (found.step_time_s or 0) < 1e6
+    assert 0 < (found.peak_bytes or 0) < 1e15
 
 
 def test_what_a_row_leaves_out_is_supplied_and_listed() -> None:

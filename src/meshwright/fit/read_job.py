@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import Literal
@@ -189,7 +190,7 @@ def read_execution(s: Settings, framework: Framework) -> Execution:
         and "selective:" in s.cell("recompute"),
         blocking_checkpoints=framework.blocking_checkpoints,
         packed_sample_tokens=PACKED_SAMPLE_TOKENS if packed else 0,
-        optimizer_offload_fraction=_fraction(s, "optimizer_offload_fraction"),
+        optimizer_offload_fraction=min(max(_fraction(s, "optimizer_offload_fraction"), 0.0), 1.0),
         activation_offload_layers=offload,
         offloaded_modules=frozenset(s.items("offload_modules"))
         if s.flag("fine_grained_activation_offloading", default=False)
@@ -259,8 +260,13 @@ def _capacity(s: Settings) -> float | None:
 
 
 def _fraction(s: Settings, name: str) -> float:
+    """Return a number of at least 0; 0 where none is set or it is none."""
     value = s.find(name)
     try:
-        return float(value) if isinstance(value, int | float | str) else 0.0
+        number = float(value) if isinstance(value, int | float | str) else 0.0
     except ValueError:
-        return 0.0
+        number = math.nan
+    if 0.0 <= number < math.inf:
+        return number
+    s.assumed.append(f"{name} = {value!r} is no number of at least 0 and is not used")
+    return 0.0

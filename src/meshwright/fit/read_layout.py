@@ -26,6 +26,9 @@ from meshwright.parallel.placement import place
 Hints = dict[str, Any]
 """Arguments of ``layout`` and of ``place`` that say where layers go."""
 
+MOST_GPUS = 2**20
+"""No run uses more; a larger number is a typing error."""
+
 FEWEST_GPUS = 8
 """A row without a number of GPUs ran on one node, ..."""
 LARGE_RUN_GPUS, LARGE_MODEL_PARAMS = 64, 10e9
@@ -65,6 +68,8 @@ def read_degrees(s: Settings, framework: Framework, model: Model, seq_len: int) 
         s.assumed.append(f"n_gpus = {num_gpus}: not stated")
     else:
         num_gpus = stated
+    if num_gpus > MOST_GPUS:
+        raise LayoutError("n_gpus", num_gpus, f"There are at most {MOST_GPUS:,} GPUs.", "")
     if num_gpus < 1 or num_gpus % unit:
         if etp > 1 and num_gpus > 0 and num_gpus % minimum_world_size(tp, cp, pp, ep, 1) == 0:
             etp = 1
@@ -97,8 +102,9 @@ def _degree(s: Settings, name: str) -> int:
     if value is None:
         s.assumed.append(f"{name} = 1: not stated")
         return 1
-    if value < 1:
-        raise LayoutError(name, value, "A degree is a whole number of at least 1.", "Use 1.")
+    if not 1 <= value <= MOST_GPUS:
+        rule = f"A degree is a whole number from 1 to {MOST_GPUS:,}."
+        raise LayoutError(name, value, rule, "Use 1.")
     return value
 
 
@@ -120,6 +126,10 @@ def _micro_batch(gbs: int | None, dp: int, pp: int, seq_len: int) -> int:
 def _chunks(s: Settings, model: Model, pp: int, num_microbatches: int) -> int:
     value = s.number("vpp")
     if value is not None and value >= 1:
+        if pp * value > MOST_GPUS:
+            raise LayoutError(
+                "vpp", value, f"pp*vpp is at most {MOST_GPUS:,}.", "Use fewer chunks."
+            )
         return value if pp > 1 else 1
     if pp == 1:
         return 1
