@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.layout import Recompute
+from meshwright.runtime.attention_layers import Attention, LatentAttention
 from meshwright.runtime.context import Context, Microbatch, recompute
 from meshwright.runtime.expert_parallel import Moe
-from meshwright.runtime.layers import Attention, LatentAttention, Linear, Mlp, RmsNorm
+from meshwright.runtime.layers import Linear, Mlp, RmsNorm
 from meshwright.runtime.parameters import Box, parameter
 from meshwright.runtime.tensor_parallel import (
     enter,
