@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from meshwright.checks import Case, illegal
 from meshwright.cost.columns import Floats, Index
 from meshwright.cost.detail import BAND_FRACTION, capacity_bytes
-from meshwright.cost.factors import Factors, fitted
+from meshwright.cost.factors import Factors, factors_of
 from meshwright.cost.step import Table, bounds, price, price_rows, simulated_step_s, with_rows
 from meshwright.describe.cluster import MAX_GPUS, Cluster
 from meshwright.describe.job import Job
@@ -128,7 +128,7 @@ def search(
     legal = sum(map(num_rows, tables))
     if not legal:
         return Found([], [], None, candidates, 0, 0, 0, time.perf_counter() - began, limit)
-    parts = _priced_parts(model, cluster, job, tables, factors or fitted())
+    parts = _priced_parts(model, cluster, job, tables, factors or factors_of(cluster))
     peak, bound = _bounds(parts, legal, report)
     report("sorting", 0, 1)
     fits = peak <= limit * (1.0 - BAND_FRACTION)

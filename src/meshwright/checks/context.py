@@ -135,7 +135,7 @@ def cp_divides_mamba(case: Case) -> Mask:
     return ((heads % (x.tp * x.cp) != 0) | ((local % x.cp != 0) & (x.cp % local != 0))) & (x.cp > 1)
 
 
-@check("warning", field="layout.cp_comm")
+@check("error", field="layout.cp_comm")
 def ring_sees_whole_sequences(case: Case) -> Mask:
     """Layers of {model.name} attend within a sliding window, which Transformer Engine's ring
     attention (cp_comm = {cp_comm}) does not support.

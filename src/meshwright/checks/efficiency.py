@@ -108,7 +108,10 @@ def quantised_slices_are_aligned(case: Case) -> Mask:
 
 
 def _before_blackwell(case: Case) -> bool:
-    return case.cluster is not None and float(case.cluster.gpu.compute_capability) < 10.0
+    if case.cluster is None:
+        return False
+    major = case.cluster.gpu.compute_capability.partition(".")[0]
+    return major.isdecimal() and int(major) < 10
 
 
 def _shards_gradients(case: Case) -> Mask:

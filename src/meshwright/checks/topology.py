@@ -135,7 +135,7 @@ def _formats(case: Case, at: Layout[int]) -> Mapping[str, object]:
     return {"known": ", ".join(known), "value": case.job.precision.name}
 
 
-@check("warning", field="job.precision", values=_formats)
+@check("error", field="job.precision", values=_formats)
 def gpu_has_the_format(case: Case) -> Mask:
     """{cluster.gpu.name} multiplies in {known}, not in {job.precision.matmul}; training would stop
     there.

@@ -34,6 +34,14 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Weights of one rank in parameters, [N]: dense and expert."""
+
+    dense: Floats
+    expert: Floats
+
+
+@dataclass(frozen=True)
 class DataParallel:
     """Per row [N]: gathers within a shard group and across its replicas, dense and expert."""
 
@@ -106,36 +114,41 @@ def _line(size: Ints, stride: Ints, domain: int, net: Network) -> Line:
     return Line(start_s=start[inverse], s_per_byte=per_byte[inverse])
 
 
-def gather_and_reduce_s(
-    dense_bytes: Floats, expert_bytes: Floats, replicated_fraction: float, dp: DataParallel
-) -> Floats:
-    """Seconds to gather, or to reduce-scatter, the given bytes of one rank's slice, [N].
+def gather_and_reduce_s(dense_bytes: Floats, expert_bytes: Floats, dp: DataParallel) -> Floats:
+    """Seconds to gather, or to reduce-scatter, the bytes of one rank's slice in its shard group.
 
-    Under hybrid sharding the scattered part is also reduced across replicas. Ref: Rajbhandari et
-    al., arXiv:1910.02054, section 7; Zhao et al., arXiv:2304.11277, section 3.2.2 (hybrid).
+    Ref: Rajbhandari et al., arXiv:1910.02054, section 7. Left out: the wait of the first bucket.
     """
-    within = dp.dense.at(dense_bytes) + dp.expert.at(expert_bytes)
-    across = dp.dense_replicas.at(dense_bytes / dp.dense_shards) + dp.expert_replicas.at(
-        expert_bytes / dp.expert_shards
+    return dp.dense.at(dense_bytes) + dp.expert.at(expert_bytes)
+
+
+def across_replicas_s(dense_bytes: Floats, expert_bytes: Floats, dp: DataParallel) -> Floats:
+    """Seconds to all-reduce, once a step, the scattered part across the copies of hybrid sharding.
+
+    Ref: Zhao et al., arXiv:2304.11277, section 3.2.2. Left out: its overlap with other buckets.
+    """
+    return 2.0 * (
+        dp.dense_replicas.at(dense_bytes / dp.dense_shards)
+        + dp.expert_replicas.at(expert_bytes / dp.expert_shards)
     )
-    return within + replicated_fraction * across
 
 
 def dp_comm_s(
     job: Job,
     factors: Factors,
     dp: DataParallel,
-    dense_params: Floats,
-    expert_params: Floats,
+    held: Weights,
+    trained: Weights,
     forward_s: Floats,
     backward_s: Floats,
     num_microbatches: int,
 ) -> Floats:
     """Exposed seconds of data-parallel communication of one rank, [N].
 
-    ``*_params`` are the trained weights of the rank, ``forward_s``/``backward_s`` its seconds per
-    micro-batch. Gradients are reduced during the last backward, weights gathered during the first
-    forward; what the overlap switch hides is at most ``dp_hidden_fraction`` of that compute.
+    ``held`` and ``trained`` are weights of the rank: full sharding gathers all it holds, the rest
+    moves only what is trained. ``forward_s``/``backward_s`` are its seconds per micro-batch.
+    Gradients are reduced during the last backward, weights gathered during the first forward; what
+    the overlap switch hides is at most ``dp_hidden_fraction`` of that compute.
     ZeRO-2 and ZeRO-3 keep shards of gradients only, so they reduce in every backward; ZeRO-3 also
     gathers weights in every forward and backward.
     What is hidden still takes multiprocessors and memory bandwidth from the compute beside it, and
@@ -146,19 +159,15 @@ def dp_comm_s(
     execution, precision = job.execution, job.precision
     hide_reduce = factors.dp_hidden_fraction * float(execution.overlap_grad_reduce)
     hide_gather = factors.dp_hidden_fraction * float(execution.overlap_param_gather)
-    reduce = gather_and_reduce_s(
-        dense_params * precision.grad_reduce_bytes,
-        expert_params * precision.grad_reduce_bytes,
-        2.0,
-        dp,
-    )
-    gather = gather_and_reduce_s(
-        dense_params * precision.param_gather_bytes,
-        expert_params * precision.param_gather_bytes,
-        0.0,
-        dp,
-    )
     is_full = dp.zero == Zero.optim_grads_params
+    dense_grads = trained.dense * precision.grad_reduce_bytes
+    expert_grads = trained.expert * precision.grad_reduce_bytes
+    reduce = gather_and_reduce_s(dense_grads, expert_grads, dp)
+    gather = gather_and_reduce_s(
+        np.where(is_full, held.dense, trained.dense) * precision.param_gather_bytes,
+        np.where(is_full, held.expert, trained.expert) * precision.param_gather_bytes,
+        dp,
+    )
     # An all-reduce (nothing sharded) is a reduce-scatter and a gather of gradients.
     reduce_once = np.where(dp.zero == Zero.no_shard, 2.0 * reduce, reduce)
     gather_once = np.where(dp.zero == Zero.no_shard, 0.0, gather)
@@ -168,6 +177,8 @@ def dp_comm_s(
     in_backward = np.where(is_full, gather, 0.0) + reduce_once
     exposed = reductions * _exposed_s(in_backward, hide_reduce * backward_s, factors)
     exposed += gathers * _exposed_s(gather_once, hide_gather * forward_s, factors)
+    across = across_replicas_s(dense_grads, expert_grads, dp)
+    exposed += _exposed_s(across, hide_reduce * backward_s, factors)
     work = num_microbatches * (forward_s + backward_s)
     return exposed + factors.straggler_fraction * dp.doublings * work
 
@@ -183,8 +194,7 @@ def optimizer_s(
     cluster: Cluster,
     factors: Factors,
     dp: DataParallel,
-    dense_params: Floats,
-    expert_params: Floats,
+    trained: Weights,
 ) -> Floats:
     """Seconds of Adam on one rank's share of the state, [N].
 
@@ -195,8 +205,8 @@ def optimizer_s(
     """
     precision = job.precision
     sharded = dp.zero >= Zero.optim
-    dense = np.where(sharded, dense_params / dp.dense_shards, dense_params)
-    expert = np.where(sharded, expert_params / dp.expert_shards, expert_params)
+    dense = np.where(sharded, trained.dense / dp.dense_shards, trained.dense)
+    expert = np.where(sharded, trained.expert / dp.expert_shards, trained.expert)
     state = precision.master_bytes + precision.moment_bytes
     moved = 2.0 * precision.grad_bytes + 2.0 * state + precision.param_bytes
     on_card = (dense + expert) * moved / dp.at.hbm_bytes_per_s

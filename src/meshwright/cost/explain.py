@@ -102,7 +102,11 @@ TERMS: dict[str, Term] = {
     ),
     "dp_comm_s": Term(
         "Reduction of gradients and gathering of weights that compute does not hide.",
-        (data_parallel.dp_comm_s, data_parallel.gather_and_reduce_s),
+        (
+            data_parallel.dp_comm_s,
+            data_parallel.gather_and_reduce_s,
+            data_parallel.across_replicas_s,
+        ),
     ),
     "optimizer_s": Term("The update of the rank's share.", (data_parallel.optimizer_s,)),
     "mfu_fraction": Term(

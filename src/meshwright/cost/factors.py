@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
+
+from meshwright.describe.cluster import Cluster
+from meshwright.errors import ClusterError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
     """Fractions of peak, latencies in seconds and bytes that software holds.
+
+    The defaults are where a fit starts and what it pulls back to, never what is in force.
 
     Kernels. ``matmul_fraction``, ``attention_fraction`` and ``attention_backward_fraction``:
     share of the datasheet's dense peak that a large matmul, or the matmuls of flash attention,
@@ -119,5 +124,29 @@ def fitted() -> Factors:
     """Return the factors in force, from ``factors.toml``."""
     text = files("meshwright.cost").joinpath("factors.toml").read_text(encoding="utf-8")
     document: dict[str, Any] = tomllib.loads(text)
+    return Factors(**document)
+
+
+def factors_of(cluster: Cluster) -> Factors:
+    """Return the factors in force on a cluster: those fitted, and over them what it measured.
+
+    A number for a factor that is kept by architecture holds for the cluster's own.
+
+    Raises ``ClusterError`` when the cluster names a factor that does not exist.
+    """
     known = {f.name for f in fields(Factors)}
-    return Factors(**{k: v for k, v in document.items() if k in known})
+    usual, changed = fitted(), dict[str, Any]()
+    for name, value in cluster.fitted.items():
+        if name not in known:
+            remedy = did_you_mean(name, known)
+            raise ClusterError(f"fitted.{name}", value, "There is no such factor.", remedy)
+        table = getattr(usual, name)
+        if isinstance(table, Mapping):
+            # Kept by architecture, or (clocks) by card: the number holds for this one of both.
+            kind = cluster.gpu.architecture.lower().split()[0]
+            held = cast("Mapping[str, float]", table)
+            others = {k: v for k, v in held.items() if k.partition(".")[0] != kind}
+            changed[name] = {**others, kind: value, cluster.gpu.name: value}
+        else:
+            changed[name] = value
+    return replace(usual, **changed)

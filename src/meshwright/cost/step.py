@@ -24,12 +24,13 @@ from meshwright.cost.columns import Floats, Index, distinct, distinct_index
 from meshwright.cost.comm import distinct_spans, network, point_to_point_s
 from meshwright.cost.data_parallel import (
     DataParallel,
+    Weights,
     data_parallel,
     dp_comm_s,
     optimizer_s,
     rows_of,
 )
-from meshwright.cost.factors import Factors, fitted
+from meshwright.cost.factors import Factors, factors_of
 from meshwright.cost.memory import (
     BytesPerParam,
     block_bytes,
@@ -54,6 +55,9 @@ from meshwright.describe.job import Job
 from meshwright.describe.model import Model
 from meshwright.parallel.layout import Layouts, Pipeline, Recompute, Zero, num_rows
 from meshwright.parallel.pipeline import Simulation, build_schedule, simulate
+
+MOST_SIMULATED = 1024
+"""Micro-batches that are simulated one by one; what is longer repeats its last round."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ def prepare(
     model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors | None = None
 ) -> Table:
     """Price the distinct slices of a table, and what each row pays per byte and parameter."""
-    used = factors or fitted()
+    used = factors or factors_of(cluster)
     return price_rows(model, cluster, job, x, used, price(model, cluster, job, x, used))
 
 
@@ -345,15 +349,36 @@ def simulate_group(t: Table, g: Group, message_s: Floats) -> Simulation:
     """
     s, p, key = g.stages, t.priced, g.key
     at = g.slices[g.slice_of]
-    schedule = build_schedule(
-        Pipeline(key.schedule), key.pp, key.vpp, key.num_microbatches, key.microbatch_group_size
-    )
     forward = np.einsum("nk,sk->ns", p.forward[at], s.runs)
     backward = np.einsum("nk,sk->ns", p.backward[at], s.runs) + np.einsum(
         "nk,sk->ns", p.reruns[at], s.reruns
     )
     weight = np.einsum("nk,sk->ns", p.weight_grad[at], s.runs)
-    return simulate(schedule, forward, backward, message_s, weight)
+
+    def run(num_microbatches: int) -> Simulation:
+        schedule = build_schedule(
+            Pipeline(key.schedule), key.pp, key.vpp, num_microbatches, key.microbatch_group_size
+        )
+        return simulate(schedule, forward, backward, message_s, weight)
+
+    m = key.num_microbatches
+    if m <= MOST_SIMULATED:
+        return run(m)
+    # A long pipeline repeats itself: after its start every round takes what the last one took.
+    rounds = max(m // key.pp, 1)
+    cycle = key.microbatch_group_size or (m // rounds if m % rounds == 0 else key.pp)
+    fewer = m - (m - MOST_SIMULATED // 2) // cycle * cycle
+    first, second = run(fewer), run(fewer + cycle)
+    more = (m - fewer) / cycle
+
+    def after(a: Floats, b: Floats) -> Floats:
+        return a + more * (b - a)
+
+    return Simulation(
+        after(first.step_s, second.step_s),
+        after(first.busy_s, second.busy_s),
+        after(first.rank_end_s, second.rank_end_s),
+    )
 
 
 def beside_pipeline_s(t: Table, g: Group) -> tuple[Floats, Floats]:
@@ -361,29 +386,30 @@ def beside_pipeline_s(t: Table, g: Group) -> tuple[Floats, Floats]:
     s, p, at = g.stages, t.priced, g.slices
     dp_s, opt_s = np.zeros(len(g.rows)), np.zeros(len(g.rows))
     local = rows_of(t.dp, g.rows)
-    dense_trained, expert_trained = p.dense_trained[at], p.expert_trained[at]
+    kinds = (p.dense_params, p.expert_params, p.dense_trained, p.expert_trained)
+    weights = [per_kind[at] for per_kind in kinds]
     forwards, backwards, reruns = p.forward[at], p.backward[at], p.reruns[at]
 
     def of_rank(per_kind: Floats, counts: Floats) -> Floats:
         return np.einsum("nk,k->n", per_kind, counts)
 
     for r in s.dp_ranks:
-        dense = of_rank(dense_trained, s.params[r])[g.slice_of]
-        expert = of_rank(expert_trained, s.params[r])[g.slice_of]
+        held = [of_rank(per_kind, s.params[r])[g.slice_of] for per_kind in weights]
+        whole, trained = Weights(*held[:2]), Weights(*held[2:])
         forward = of_rank(forwards, s.own[r])
         backward = of_rank(backwards, s.own[r]) + of_rank(reruns, s.own_reruns[r])
         exposed = dp_comm_s(
             t.job,
             t.factors,
             local,
-            dense,
-            expert,
+            whole,
+            trained,
             forward[g.slice_of],
             backward[g.slice_of],
             g.key.num_microbatches,
         )
         np.maximum(dp_s, exposed, out=dp_s)
-        update = optimizer_s(t.job, t.cluster, t.factors, local, dense, expert)
+        update = optimizer_s(t.job, t.cluster, t.factors, local, trained)
         np.maximum(opt_s, update, out=opt_s)
     return dp_s, opt_s
 
