@@ -67,6 +67,7 @@ _MATTERS: Final = re.compile(
 )
 """Settings that decide layout, job or model: told when their value is not known."""
 
+MOST_ARGUMENTS: Final = 20_000
 _NOT_LAUNCHERS: Final = frozenset(
     {
         *("echo", "printf", "cat", "cp", "mv", "rm", "ls", "cd", "mkdir", "chmod", "tee", "sed"),
@@ -194,6 +195,9 @@ def _from_script(
             f"State --framework, one of {', '.join(FRAMEWORKS)}.",
         )
     chosen, name = found[0]
+    if len(chosen.args) > MOST_ARGUMENTS:
+        rule = f"A launch has at most {MOST_ARGUMENTS} arguments; this has {len(chosen.args)}."
+        raise DocumentError("launch", chosen.program.text[:80], rule, "Give the launch itself.")
     more = [f"line {s.line} also starts {s.program.text}; not read" for s, _ in found[1:4]]
     unread = (*script.unread, *chosen.unread, *more)
     stated = gpus or chosen.counts.total or None

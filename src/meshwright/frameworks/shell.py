@@ -30,6 +30,8 @@ __all__ = ["Command", "Script", "Word", "parse"]
 
 MAX_NESTED: Final = 3
 MOST_UNREAD: Final = 200
+MOST_COMMANDS: Final = 20_000
+MOST_BLOCKS: Final = 200
 _ASSIGNMENT: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,255})(\[[^]=]{0,64}\])?(\+?)=(.*)", re.S)
 _DECLARING: Final = frozenset({"export", "declare", "local", "readonly", "typeset"})
 _SEPARATORS: Final = frozenset({"\n", ";", "&", "&&", "||", "|", ";;", "(", ")"})
@@ -143,6 +145,9 @@ class _Reader:
             at = self._statement(found, at)
 
     def _statement(self, found: list[Token], at: int) -> int:
+        if len(self.frames) > MOST_BLOCKS or len(self.commands) > MOST_COMMANDS:
+            rule = f"It has more than {MOST_COMMANDS} commands, or {MOST_BLOCKS} blocks in a block."
+            raise DocumentError("script", "...", rule, "Give the launch script itself.")
         token = found[at]
         if token.kind == "document":
             return at + 1
