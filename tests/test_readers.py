@@ -396,3 +396,20 @@ def test_any_text_ends_in_a_launch_or_an_error_of_ours(text: str, name: str) -> 
         use(read_document(text, name))
     except MeshwrightError as error:
         assert error.rule
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if [ a ]; then\n" * 5000,
+        "x y\n" * 30000,
+        "pretrain_gpt.py " + "--num-layers 2 " * 25000,
+        "pretrain_gpt.py --num-layers 2 --moe-layer-freq '" + "([" * 5000 + "'",
+    ],
+    ids=["nested blocks", "commands", "flags", "brackets"],
+)
+def test_what_no_launch_is_as_large_as_ends_in_an_error_of_ours(text: str) -> None:
+    try:
+        use(read_document(text, "run.sh"))
+    except MeshwrightError as error:
+        assert error.rule

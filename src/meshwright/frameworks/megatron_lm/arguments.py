@@ -24,6 +24,9 @@ Action = Literal["store", "on", "off", "on_off"]
 
 _ACTIONS: dict[str, Action] = {"store": "store", "on": "on", "off": "off", "on_off": "on_off"}
 
+MOST_BRACKETS = 100
+"""Layer patterns with more brackets are not read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Argument:
@@ -187,6 +190,8 @@ def pattern(text: str) -> int | list[int]:
     """
     if "[" not in text:
         return _whole_number(text)
+    if text.count("(") + text.count("[") > MOST_BRACKETS:
+        raise ValueError(f"more than {MOST_BRACKETS} brackets")
     tokens = re.findall(r"\d+|[][()+*,]", text)
     if "".join(tokens) != text.replace(" ", "") or " " in text:
         raise ValueError(f"{text!r} is not a layer pattern")
