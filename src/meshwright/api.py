@@ -272,10 +272,10 @@ def why_not(model: Model, cluster: Cluster, job: Job, layout: str | None, change
         kept.pop(derived, None)
     if "tp" in changed:
         kept.pop("sp", None)
-    if "vpp" in changed or "pp" in changed:
-        kept.pop("pipeline_layout", None)
-    if "vpp" in changed:
-        kept.pop("schedule", None)
+    if changed.keys() & {"pp", "vpp", "schedule"}:
+        # A pipeline is one choice: what hangs on the changed part follows it.
+        for follows in ("vpp", "schedule", "pipeline_layout", "microbatch_group_size"):
+            kept.pop(follows, None)
     text = " ".join(f"{k}={v}" for k, v in {**kept, **changed}.items())
     try:
         other = estimate(model, cluster, job, text)

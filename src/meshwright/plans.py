@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -224,17 +224,12 @@ def _smallest_cluster(
     max_memory_bytes: float | None,
     progress: Progress | None,
 ) -> Plan | None:
-    """Return a plan on the first larger cluster, by whole nodes, on which something fits.
+    """Return a plan on the first larger cluster on which something fits.
 
-    Sizes tried are 1 to 16, 2^k and 3*2^k nodes: between those hardly any batch divides.
+    Sizes tried: more of the GPUs of a node while the cluster is less than one, then 1 to 32 nodes,
+    then 2^k and 3*2^k nodes, between which hardly any batch divides.
     """
-    nodes = max(cluster.num_nodes, 1)
-    sizes = sorted({*range(1, 17), *(2**k for k in range(18)), *(3 * 2**k for k in range(16))})
-    for count in sizes:
-        gpus = count * cluster.gpus_per_node
-        if count <= nodes or gpus > LARGEST_CLUSTER:
-            continue
-        larger = with_gpus(cluster, gpus)
+    for larger in _larger_clusters(cluster):
         found = search(
             model,
             larger,
@@ -249,12 +244,30 @@ def _smallest_cluster(
     return None
 
 
-def with_gpus(cluster: Cluster, num_gpus: int) -> Cluster:
-    """Return a cluster of the same GPUs, nodes and links with another number of GPUs."""
-    usual = build_cluster(
-        cluster.gpu.name, num_gpus, gpus_per_node=min(cluster.gpus_per_node, num_gpus)
-    )
-    return replace(cluster, num_gpus=num_gpus, nvlink_domain=usual.nvlink_domain, name=usual.name)
+def _larger_clusters(cluster: Cluster) -> Iterator[Cluster]:
+    usual = build_cluster(cluster.gpu.name, 1024)
+    node = cluster.gpus_per_node
+    if cluster.num_nodes == 1 and cluster.name == f"{cluster.num_gpus}x{cluster.gpu.name}":
+        # Fewer GPUs than the usual node are taken as part of one.
+        node = max(node, usual.gpus_per_node)
+        for gpus in (2**k for k in range(7)):
+            if cluster.num_gpus < gpus < node:
+                yield build_cluster(cluster.gpu.name, gpus)
+    for nodes in sorted(
+        {*range(1, 33), *(2**k for k in range(17)), *(3 * 2**k for k in range(16))}
+    ):
+        gpus = nodes * node
+        if cluster.num_gpus < gpus <= LARGEST_CLUSTER:
+            yield with_gpus(cluster, gpus, node)
+
+
+def with_gpus(cluster: Cluster, num_gpus: int, gpus_per_node: int) -> Cluster:
+    """Return a cluster of the same GPUs and links with another number of GPUs."""
+    usual = build_cluster(cluster.gpu.name, num_gpus, gpus_per_node=gpus_per_node)
+    if gpus_per_node != cluster.gpus_per_node:
+        return usual
+    domain = max(cluster.nvlink_domain, usual.nvlink_domain if cluster.nvlink_domain > 1 else 1)
+    return replace(cluster, num_gpus=num_gpus, nvlink_domain=domain, name=usual.name)
 
 
 def _starting_plans(model: Model, cluster: Cluster, job: Job) -> list[StartingPlan]:

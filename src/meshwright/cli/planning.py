@@ -158,6 +158,8 @@ def explain(
     from meshwright.cli.show import print_json, show_explanation, show_why_not
 
     m, c, j = _inputs(model, cluster, seq_len, global_batch_size, precision, task)
+    if why_not is not None and term is not None:
+        raise typer.BadParameter("TERM and --why-not exclude each other.")
     if why_not is not None:
         answer = api.why_not(m, c, j, layout, why_not)
         print_json(answer.to_dict()) if json else show_why_not(answer)

@@ -23,6 +23,11 @@ EXPONENTIALS_PER_SM_PER_S = 16 * 1.75e9
 ATTENTION_BACKWARD_FLOPS = 2.5
 """Products of flash attention backward over those forward: five for two."""
 
+MOST_CLOCK = 1.25
+"""Clock over that of the family's usual card: more power than matmuls can use buys nothing."""
+MOST_OF_PEAK = 0.95
+"""Share of the datasheet's peak that no kernel exceeds."""
+
 ATTENTION_TILE = 128
 """Tokens of a tile of flash attention; the tiles on the diagonal are computed whole."""
 
@@ -58,8 +63,9 @@ def speeds(gpu: Gpu, precision: Precision, execution: Execution, factors: Factor
     kernel = "vendor" if execution.tuned_attention else "flash2"
     units = 2.0 if gpu.compute_capability == "10.3" else 1.0
     return Speeds(
-        matmul_flops_per_s=peak[matmul] * factors.matmul(kind, matmul) * clock,
-        matmul_16_bit_flops_per_s=peak[wide] * factors.matmul(kind, wide) * clock,
+        matmul_flops_per_s=peak[matmul] * min(factors.matmul(kind, matmul) * clock, MOST_OF_PEAK),
+        matmul_16_bit_flops_per_s=peak[wide]
+        * min(factors.matmul(kind, wide) * clock, MOST_OF_PEAK),
         attention_flops_per_s=peak[attention] * factors.attention(kind, kernel) * clock,
         exponentials_per_s=units
         * gpu.num_sms
@@ -100,7 +106,8 @@ def power_fraction(gpu: Gpu, execution: Execution, factors: Factors) -> float:
     boost *= factors.clock_fraction.get(gpu.name, 1.0)
     if usual is None or not peak or not gpu.power_w:
         return boost
-    return boost * (gpu.power_w / peak / usual) ** factors.power_exponent
+    law = (gpu.power_w / peak / usual) ** factors.power_exponent
+    return boost * min(law, MOST_CLOCK)
 
 
 _WIDER = {"fp4": "fp8", "fp8": "bf16", "bf16": "fp16", "fp16": "tf32", "tf32": "fp32"}

@@ -23,14 +23,17 @@ def model_flops_per_step(model: Model, job: Job, vocab_size: int = 0) -> float:
 
     Ref: Megatron-LM, ``num_floating_point_operations`` (2025 on; before, attention counted whole).
     Left out, as there: router, norms and activations (but for those of compressed vectors and of
-    multi-token prediction), convolutions; that weights which LoRA freezes need no gradient.
+    multi-token prediction), convolutions, adapters. Unlike there, weights that LoRA freezes count
+    no gradient.
     """
     blocks = Counter(model.layer_pattern)
     per_token = sum(_block(model.layer_kinds[k], model, job) * n for k, n in blocks.items())
     per_token += sum(_block(block, model, job) for block in model.mtp_layers)
     head = 2.0 * model.hidden_size * (vocab_size or model.vocab_size)
     per_token += head * (1 + len(model.mtp_layers))
-    return FORWARD_AND_BACKWARD * per_token * job.tokens_per_step
+    # A frozen weight has no gradient; the adapters' own products are a thousandth of the model's.
+    passes = FORWARD_AND_BACKWARD - (job.task == "lora")
+    return passes * per_token * job.tokens_per_step
 
 
 def _block(block: Block, model: Model, job: Job) -> float:

@@ -218,7 +218,11 @@ def _held(facts: LayerFacts, key: PipelineKey, every_rank: bool) -> _Held:
     held = np.einsum("qv,qvk->qk", times, _by_chunk(inputs, at, key)[rank_of])
     whole = _by_chunk(layers.runs - layers.reruns, at, key)
     held_whole = np.einsum("qv,qvk->qk", times, whole[rank_of])
-    alive = _alive(facts, _by_chunk(layers.reruns, at, key).max(axis=1), key)[rank_of]
+    most = _by_chunk(layers.reruns, at, key).max(axis=1)
+    alive = _alive(facts, most, key)[rank_of]
+    if schedule_module(Pipeline(key.schedule)).SPLITS_BACKWARD:
+        # Weight gradients come after all input gradients of a stage: all its layers are whole.
+        alive = most[rank_of]
     if every_rank:
         return _Held(held, held_whole, alive, tuple(rank_of.tolist()))
     present = (layers.own > 0).astype(np.float64)

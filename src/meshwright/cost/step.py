@@ -53,6 +53,7 @@ from meshwright.cost.stages import (
 from meshwright.describe.cluster import Cluster
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
+from meshwright.parallel.actions import schedule_module
 from meshwright.parallel.layout import Layouts, Pipeline, Recompute, Zero, num_rows
 from meshwright.parallel.pipeline import Simulation, build_schedule, simulate
 
@@ -275,6 +276,7 @@ def memory_of_candidates(t: Table, g: Group) -> Iterator[dict[str, Floats]]:
     gathered = np.where(is_gathered, p.gathered_bytes[at][g.slice_of], 0.0)
     gathered += workspace_bytes(t.cluster.gpu, t.factors)
     framework = t.framework_bytes[rows]
+    splits = schedule_module(Pipeline(g.key.schedule)).SPLITS_BACKWARD
 
     def held_by(params: Floats, candidate: int) -> Floats:
         return np.einsum("nk,k->n", params, s.held_params[candidate])[g.slice_of]
@@ -283,8 +285,9 @@ def memory_of_candidates(t: Table, g: Group) -> Iterator[dict[str, Floats]]:
         activations = np.einsum("nk,k->n", kept, s.held[q])
         activations += np.einsum("nk,k->n", whole, s.held_whole[q])
         # The input of a layer that is run again is kept already.
-        alive = _largest(whole * s.alive[q] - kept * (s.alive[q] > 0))
-        activations += np.where(is_full, np.maximum(alive, 0.0), 0.0)
+        extra = np.maximum(whole * s.alive[q] - kept * (s.alive[q] > 0), 0.0)
+        alive = np.einsum("nk->n", extra) if splits else _largest(extra)
+        activations += np.where(is_full, alive, 0.0)
         losses = np.einsum("nk,k->n", logits, s.held[q] + s.held_whole[q])
         buffers = _largest(working * s.present[q]) + messages
         buffers += np.einsum("nk,k->n", placeholders, s.present[q])

@@ -190,7 +190,10 @@ def _override(gpu: Gpu, document: GpuDocument, source: Mapping[str, str]) -> Gpu
         where = f"cluster.gpu_overrides.{key}"
         if key == "peak_flops_per_s":
             _known(value, DTYPES, where)
-            peaks = {k: units.parse(v, "flops_per_s", f"{where}.{k}") for k, v in value.items()}
+            peaks = {
+                k: _positive(units.parse(v, "flops_per_s", f"{where}.{k}"), f"{where}.{k}")
+                for k, v in value.items()
+            }
             given[key] = {**gpu.peak_flops_per_s, **peaks}
         elif (unit := units.unit_of(key)) is not None:
             number = _positive(units.parse(value, unit, where), where)

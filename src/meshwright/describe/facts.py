@@ -87,6 +87,8 @@ class LatentAttention:
         _check_sizes(self, "num_heads", "kv_lora_rank", "v_head_dim")
         _check_sizes(self, "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", low=0)
         _check_sizes(self, "index_heads", "index_head_dim", "index_topk", low=0)
+        if self.index_topk:
+            _check_sizes(self, "index_heads", "index_head_dim")
 
     @property
     def qk_head_dim(self) -> int:
@@ -118,6 +120,8 @@ class CompressedAttention:
         _check_sizes(self, "num_heads", "head_dim", "q_lora_rank", "o_lora_rank", "o_groups")
         _check_sizes(self, "window", "compress_ratio", "index_heads", low=0)
         _check_sizes(self, "index_head_dim", "index_topk", low=0)
+        if self.index_topk:
+            _check_sizes(self, "index_heads", "index_head_dim")
 
     @property
     def overlap(self) -> int:

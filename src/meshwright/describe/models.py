@@ -218,11 +218,15 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         if size > MAX_CONFIG_BYTES:
             rule = f"A config has at most {MAX_CONFIG_BYTES} bytes; this file has {size}."
             raise DocumentError(field, shown, rule, "Give the config.json, not the weights.")
+        if not path.is_file():
+            raise DocumentError(field, shown, "It is not a file.", "Give a config.json.")
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = error.strerror or "unreadable"
         raise DocumentError(field, shown, f"It cannot be read: {reason}.", "") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except MeshwrightError:
+        raise
+    except (ValueError, RecursionError) as error:
         where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         rule = f"It is not valid JSON{where}."
         raise DocumentError(field, shown, rule, "Give a Hugging Face config.json.") from None

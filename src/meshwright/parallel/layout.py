@@ -375,8 +375,9 @@ def recompute_from_text(text: str) -> tuple[Recompute, int]:
         if (
             len(rest) == 2
             and rest[0] in ("uniform", "block")
-            and rest[1].isdigit()
-            and int(rest[1])
+            and rest[1].isdecimal()
+            and rest[1].isascii()
+            and 0 < int(rest[1][:12]) < 10**6
         ):
             method = Recompute.block if rest[0] == "block" else Recompute.none
             return Recompute.full | method, int(rest[1])
