@@ -261,8 +261,9 @@ def _larger_clusters(cluster: Cluster) -> Iterator[Cluster]:
             yield with_gpus(cluster, gpus, node)
 
 
-def with_gpus(cluster: Cluster, num_gpus: int, gpus_per_node: int) -> Cluster:
+def with_gpus(cluster: Cluster, num_gpus: int, gpus_per_node: int | None = None) -> Cluster:
     """Return a cluster of the same GPUs and links with another number of GPUs."""
+    gpus_per_node = gpus_per_node or min(cluster.gpus_per_node, num_gpus)
     usual = build_cluster(cluster.gpu.name, num_gpus, gpus_per_node=gpus_per_node)
     if gpus_per_node != cluster.gpus_per_node:
         return usual

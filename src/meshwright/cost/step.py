@@ -285,7 +285,8 @@ def memory_of_candidates(t: Table, g: Group) -> Iterator[dict[str, Floats]]:
         activations = np.einsum("nk,k->n", kept, s.held[q])
         activations += np.einsum("nk,k->n", whole, s.held_whole[q])
         # The input of a layer that is run again is kept already.
-        extra = np.maximum(whole * s.alive[q] - kept * (s.alive[q] > 0), 0.0)
+        inputs = s.alive[q] if splits else s.alive[q] > 0
+        extra = np.maximum(whole * s.alive[q] - kept * inputs, 0.0)
         alive = np.einsum("nk->n", extra) if splits else _largest(extra)
         activations += np.where(is_full, alive, 0.0)
         losses = np.einsum("nk,k->n", logits, s.held[q] + s.held_whole[q])
