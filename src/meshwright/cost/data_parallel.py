@@ -177,8 +177,9 @@ def dp_comm_s(
     in_backward = np.where(is_full, gather, 0.0) + reduce_once
     exposed = reductions * _exposed_s(in_backward, hide_reduce * backward_s, factors)
     exposed += gathers * _exposed_s(gather_once, hide_gather * forward_s, factors)
-    across = across_replicas_s(dense_grads, expert_grads, dp)
-    exposed += _exposed_s(across, hide_reduce * backward_s, factors)
+    if dp.dense_replicas.s_per_byte.any() or dp.expert_replicas.s_per_byte.any():
+        across = across_replicas_s(dense_grads, expert_grads, dp)
+        exposed += _exposed_s(across, hide_reduce * backward_s, factors)
     work = num_microbatches * (forward_s + backward_s)
     return exposed + factors.straggler_fraction * dp.doublings * work
 
