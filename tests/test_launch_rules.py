@@ -305,7 +305,7 @@ def argparse_parser() -> argparse.ArgumentParser:
             options["action"] = f"store_{'true' if argument.action == 'on' else 'false'}"
         flags = argument.flags[:1] if argument.action == "on_off" else argument.flags
         parser.add_argument(*flags, **options)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would exit instead
     return parser
 
 

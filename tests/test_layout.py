@@ -218,8 +218,8 @@ def test_degrees_that_are_not_whole_numbers_are_refused() -> None:
     """Provenance: ours."""
     for wrong in ("2", 2.0, None, True):
         with pytest.raises(LayoutError):
-            layout(tp=wrong)  # type: ignore[arg-type]
-    assert layout(tp=np.int64(2)).tp == 2  # type: ignore[arg-type]
+            layout(tp=wrong)  # type: ignore[arg-type]  # the wrong type is the point
+    assert layout(tp=np.int64(2)).tp == 2  # type: ignore[arg-type]  # numpy integers are let in
 
 
 def test_stated_gpus_must_agree_with_the_degrees() -> None:

@@ -355,9 +355,6 @@ def check_output(path: str) -> None:
     plan_document.check_writable(Path(path))
 
 
-LISTS = ("gpus", "models", "checks", "schedules", "frameworks", "terms")
-
-
 def list_known(what: str) -> list[dict[str, Any]]:
     """Return what meshwright knows of ``gpus``, ``models``, ``checks``, ``schedules``, ...
 

@@ -12,6 +12,7 @@ MeshwrightError (a ValueError)      the input cannot work: field, value, rule, r
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -66,8 +67,13 @@ def did_you_mean(value: str, known: Iterable[str], most: int = 3) -> str:
     return f"Choose from {shown}{f' and {more} more' if more > 0 else ''}."
 
 
+def divisors(number: int) -> list[int]:
+    """Return the divisors of ``number``, ascending."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})
+
+
 def nearest_divisors(number: int, wanted: int, most: int = 2) -> list[int]:
     """Return the divisors of ``number`` nearest to ``wanted``, in ascending order."""
-    divisors = {d for d in range(1, int(number**0.5) + 1) if number % d == 0}
-    divisors |= {number // d for d in divisors}
-    return sorted(sorted(divisors, key=lambda d: (abs(d - wanted), d))[:most])
+    near = sorted(divisors(number), key=lambda d: (abs(d - wanted), d))
+    return sorted(near[:most])

@@ -23,7 +23,7 @@ from meshwright.cost.step import Table, bounds, price, price_rows, simulated_ste
 from meshwright.describe.cluster import MAX_GPUS, Cluster
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
-from meshwright.errors import LayoutError, did_you_mean
+from meshwright.errors import LayoutError, did_you_mean, divisors
 from meshwright.parallel.layout import (
     CHOICES,
     COLUMNS,
@@ -301,7 +301,7 @@ def _pipelines(model: Model, cluster: Cluster, space: Space) -> Iterator[_Pipeli
     by a balanced layout string.
     """
     layers = model.num_layers
-    degrees = [d for d in _divisors(cluster.num_gpus) if d <= min(layers, 64)]
+    degrees = [d for d in divisors(cluster.num_gpus) if d <= min(layers, 64)]
     for pp in space.choices("pp", degrees, cluster.num_gpus):
         chunks = space.choices("vpp", _chunks(layers, pp))
         for vpp in (v for v in chunks if pp * v <= layers):
@@ -319,7 +319,7 @@ def _chunks(layers: int, pp: int) -> list[int]:
         return [1]
     most = max(layers // pp, 1)
     if layers % pp == 0:
-        return [v for v in _divisors(most) if v <= MOST_CHUNKS]
+        return [v for v in divisors(most) if v <= MOST_CHUNKS]
     return [v for v in (1, 2, 3, 4, 6, 8) if v <= most]
 
 
@@ -343,9 +343,9 @@ def _inner_choices(model: Model, cluster: Cluster, job: Job, space: Space) -> In
     """Return every combination [M, len(_INNER)] of choices inside a pipeline stage."""
     gpus = cluster.num_gpus
     domain = min(cluster.scale_up_domain, gpus)
-    tps = [d for d in _divisors(gpus) if d <= domain and model.num_heads % d == 0]
-    cps = [d for d in _divisors(gpus) if d == 1 or _cp_is_sensible(d, job)]
-    eps = [d for d in _divisors(gpus) if model.num_experts % d == 0] if model.is_moe else [1]
+    tps = [d for d in divisors(gpus) if d <= domain and model.num_heads % d == 0]
+    cps = [d for d in divisors(gpus) if d == 1 or _cp_is_sensible(d, job)]
+    eps = [d for d in divisors(gpus) if model.num_experts % d == 0] if model.is_moe else [1]
     sizes = [m for m in (1, 2, 4, 8) if job.gbs % m == 0]
     rows: list[tuple[int, ...]] = []
     for tp, cp, ep in itertools.product(
@@ -456,11 +456,6 @@ def _table(inner: Ints, dp: Ints, zero: Ints, replicate: Ints, pipeline: _Pipeli
     values |= {"dp": dp, "zero": zero, "dp_replicate": replicate}
     columns: dict[str, Any] = values
     return Layout[Ints](**columns, pipeline_layout=pipeline.pipeline_layout)
-
-
-def _divisors(number: int) -> list[int]:
-    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*low, *(number // d for d in low)})
 
 
 def read_space(texts: Sequence[str]) -> Space:

@@ -14,11 +14,12 @@ from typing import Literal, cast
 
 import numpy as np
 
-from meshwright.checks import Case, divisors, illegal
+from meshwright.checks import Case, illegal
 from meshwright.describe.cluster import Cluster
 from meshwright.describe.gpu import read_hardware
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
+from meshwright.errors import divisors
 from meshwright.parallel.layout import Layout, layout, row, table, take, with_columns
 from meshwright.parallel.placement import balanced_layout
 

@@ -221,12 +221,6 @@ def either(values: Sequence[int]) -> str:
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def divisors(number: int) -> list[int]:
-    """Return the divisors of ``number``, ascending."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
 def nearest(values: Iterable[int], wanted: int, most: int = 2) -> str:
     """Return the ``most`` values nearest to ``wanted`` as words, ascending."""
     return either(sorted(sorted(values, key=lambda v: (abs(v - wanted), v))[:most]))

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from meshwright.checks import Case, Mask, check, divisors, either, nearest
+from meshwright.checks import Case, Mask, check, either, nearest
 from meshwright.checks.divisibility import recurrence_heads
 from meshwright.cost.columns import distinct_index
 from meshwright.describe.model import OpKind
+from meshwright.errors import divisors
 from meshwright.parallel.layout import CpComm, Ints, Layout, Layouts, take
 
 

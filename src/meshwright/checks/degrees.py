@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from meshwright.checks import DEGREES, Case, Mask, check, divisors, either, nearest
+from meshwright.checks import DEGREES, Case, Mask, check, either, nearest
+from meshwright.errors import divisors
 from meshwright.parallel.layout import Ints, Layout, minimum_world_size, take, with_columns
 from meshwright.parallel.mesh import pipelines_agree
 

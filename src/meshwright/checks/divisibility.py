@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from meshwright.checks import Case, Mask, check, divisors, nearest
+from meshwright.checks import Case, Mask, check, nearest
 from meshwright.describe.model import Holder, Model, Op, OpKind
+from meshwright.errors import divisors
 from meshwright.parallel.layout import Layout
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from meshwright.checks import Case, Mask, check, divisors, nearest
+from meshwright.checks import Case, Mask, check, nearest
+from meshwright.errors import divisors
 from meshwright.parallel.layout import Layout, Recompute
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from meshwright.checks import Case, Mask, check, divisors, either, nearest
+from meshwright.checks import Case, Mask, check, either, nearest
 from meshwright.cost.columns import distinct_index
-from meshwright.errors import LayoutError
+from meshwright.errors import LayoutError, divisors
 from meshwright.parallel.layout import Ints, Layout, Layouts, Pipeline, row
 from meshwright.parallel.placement import balanced_layout, place
 

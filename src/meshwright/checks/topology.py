@@ -8,10 +8,11 @@ from typing import Literal
 import numpy as np
 
 from meshwright import units
-from meshwright.checks import Case, Mask, check, divisors, nearest
+from meshwright.checks import Case, Mask, check, nearest
 from meshwright.checks.degrees import leaves_out_an_axis
 from meshwright.checks.divisibility import common_size, legal_tps
 from meshwright.describe.cluster import Cluster
+from meshwright.errors import divisors
 from meshwright.parallel.layout import CpComm, Ints, Layout, take
 from meshwright.parallel.mesh import blocks_spanned_columns, dense_mesh, expert_mesh
 

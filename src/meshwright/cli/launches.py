@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from meshwright.cli.planning import AsJson
+from meshwright.cli.text import print_json, signed
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -34,7 +37,6 @@ LauncherName = Annotated[str, typer.Option("--launcher", help="torchrun or slurm
 ModelText = Annotated[
     str | None, typer.Option("--model", help="The model, where the launch does not say.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -58,7 +60,7 @@ def check(
 
     result = checking.check(source_of(launch), gpus=gpus, cluster=cluster, framework=framework)
     if json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         show_check(result, settings=settings)
     if not result.ok:
@@ -101,7 +103,7 @@ def convert(
     if output is not None:
         _write_files(done.files, Path(output))
     if json:
-        _print_json(done.to_dict())
+        print_json(done.to_dict())
         return
     for note in (*done.notes, *(f"not read: {line}" for line in done.read.unread)):
         typer.echo(note, err=True)
@@ -121,7 +123,7 @@ def compare(
 
     found = comparing.compare(a, b, cluster=cluster, gpus=gpus)
     if json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
         return
     from meshwright.units import format_bytes, format_s
 
@@ -129,8 +131,8 @@ def compare(
         effect = ""
         if difference.step_time_s is not None and difference.peak_bytes is not None:
             effect = (
-                f"  alone: step {_signed(difference.step_time_s, format_s)},"
-                f" peak {_signed(difference.peak_bytes, format_bytes)}"
+                f"  alone: step {signed(difference.step_time_s, format_s)},"
+                f" peak {signed(difference.peak_bytes, format_bytes)}"
             )
         typer.echo(f"{difference.field}: {difference.a} -> {difference.b}{effect}")
     _show_terms("time", found.time, format_s)
@@ -164,7 +166,7 @@ def resize(
         _write_files({path.name: moved.files[first]}, path.parent)
         _write_files({name: moved.files[name] for name in rest}, path.parent)
     if json:
-        _print_json(moved.to_dict())
+        print_json(moved.to_dict())
         return
     for name, (before, after) in moved.changes.items():
         typer.echo(f"{name}: {before} -> {after}", err=True)
@@ -176,10 +178,6 @@ def resize(
         _show_files(moved.files)
 
 
-def _signed(value: float, form: Callable[[float], str]) -> str:
-    return f"{'-' if value < 0 else '+'}{form(abs(value))}"
-
-
 def _show_terms(
     title: str, terms: Mapping[str, tuple[float, float]] | None, form: Callable[[float], str]
 ) -> None:
@@ -188,10 +186,10 @@ def _show_terms(
     typer.echo(f"{title}:")
     for name, (before, after) in terms.items():
         if before or after:
-            change = _signed(after - before, form)
+            change = signed(after - before, form)
             typer.echo(f"  {name:24} {form(before):>12} {form(after):>12} {change:>13}")
     totals = [sum(pair[side] for pair in terms.values()) for side in (0, 1)]
-    change = _signed(totals[1] - totals[0], form)
+    change = signed(totals[1] - totals[0], form)
     typer.echo(f"  {'together':24} {form(totals[0]):>12} {form(totals[1]):>12} {change:>13}")
 
 
@@ -279,9 +277,3 @@ def _product(grid: Mapping[str, int]) -> int:
     for size in grid.values():
         product *= size
     return product
-
-
-def _print_json(value: object) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2, default=str))

@@ -69,7 +69,8 @@ def plan(
 ) -> None:
     """Find the fastest layouts that fit, and say why."""
     from meshwright import api
-    from meshwright.cli.show import print_json, progress_bar, show_plans
+    from meshwright.cli.show import progress_bar, show_plans
+    from meshwright.cli.text import print_json
 
     m, c, j = _inputs(model, cluster, seq_len, global_batch_size, precision, task)
     if output is not None:
@@ -118,7 +119,8 @@ def estimate(
 ) -> None:
     """Price one layout: step time, MFU, memory of every stage."""
     from meshwright import api
-    from meshwright.cli.show import print_json, show_plan
+    from meshwright.cli.show import show_plan
+    from meshwright.cli.text import print_json
 
     m, c, j = _inputs(model, cluster, seq_len, global_batch_size, precision, task)
     priced = api.estimate(m, c, j, layout)
@@ -155,7 +157,8 @@ def explain(
 ) -> None:
     """Show where numbers come from, or why not another layout."""
     from meshwright import api
-    from meshwright.cli.show import print_json, show_explanation, show_why_not
+    from meshwright.cli.show import show_explanation, show_why_not
+    from meshwright.cli.text import print_json
 
     m, c, j = _inputs(model, cluster, seq_len, global_batch_size, precision, task)
     if why_not is not None and term is not None:
@@ -175,7 +178,8 @@ def ranks(
 ) -> None:
     """Print the process groups of a layout."""
     from meshwright import api
-    from meshwright.cli.show import print_json, show_groups
+    from meshwright.cli.show import show_groups
+    from meshwright.cli.text import print_json
 
     groups = api.ranks(gpus, layout)
     print_json({"groups": groups}) if json else show_groups(groups)
@@ -189,7 +193,8 @@ def list_known(
 ) -> None:
     """List what meshwright knows."""
     from meshwright import api
-    from meshwright.cli.show import print_json, show_rows
+    from meshwright.cli.show import show_rows
+    from meshwright.cli.text import print_json
 
     rows = api.list_known(what)
     print_json(rows) if json else show_rows(rows)

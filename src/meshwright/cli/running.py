@@ -27,7 +27,8 @@ def verify(
 ) -> None:
     """Run a layout on local processes and prove it equal to one."""
     from meshwright import api
-    from meshwright.cli.show import print_json, show_verified
+    from meshwright.cli.show import show_verified
+    from meshwright.cli.text import print_json
 
     report = api.verify(layout, model=model, dtype=dtype, timeout_s=timeout)
     print_json(report.to_dict()) if json else show_verified(report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from meshwright.cli.text import signed
 from meshwright.units import format_bytes, format_count, format_flops_per_s, format_s, format_value
 
 if TYPE_CHECKING:
@@ -34,11 +34,6 @@ PIPED_WIDTH = 140
 def console() -> Console:
     """Return the console for answers; piped output is never narrowed or coloured."""
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
-
-
-def print_json(value: Any) -> None:
-    """Print JSON on standard output."""
-    print(json.dumps(value, indent=2))
 
 
 @contextmanager
@@ -344,17 +339,13 @@ def show_why_not(answer: WhyNot) -> None:
         for term, change in gap[unit].items():
             if change:
                 cells = (formatter(first[term]), formatter(second[term]))
-                table.add_row(term, *cells, _signed(change, formatter))
+                table.add_row(term, *cells, signed(change, formatter))
         total = sum(gap[unit].values())
         name = "step_time_s" if unit == "time" else "peak_bytes"
         cells = (formatter(sum(first.values())), formatter(sum(second.values())))
-        table.add_row(f"[bold]{name}[/]", *cells, _signed(total, formatter))
+        table.add_row(f"[bold]{name}[/]", *cells, signed(total, formatter))
     out.print(table)
     out.print(answer.verdict(), soft_wrap=True)
-
-
-def _signed(value: float, formatter: Callable[[float], str]) -> str:
-    return f"{'-' if value < 0 else '+'}{formatter(abs(value))}"
 
 
 def show_groups(groups: Mapping[str, Sequence[Sequence[int]]]) -> None:

@@ -75,7 +75,7 @@ def train(
     json: AsJson = False,
 ) -> None:
     """Train: in one process, or as a rank of torchrun (torchrun ... -m meshwright train ...)."""
-    from meshwright.cli.show import print_json
+    from meshwright.cli.text import print_json
     from meshwright.cost.flops import model_flops_per_step
     from meshwright.describe.job import Job
     from meshwright.describe.models import load_config, load_model

@@ -36,8 +36,6 @@ class Precision:
     act_bytes: float = 2.0
     matmul_input_bytes: float = 2.0
     quantise_bytes_per_element: float = 0.0
-    bf16_layers: int = 0
-    """Layers at the start and end together that stay in bf16."""
     head_in_16_bit: bool = True
     """Whether the output layer stays out of FP8 and FP4."""
 

@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from meshwright.checks import Case, divisors, illegal
+from meshwright.checks import Case, illegal
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
-from meshwright.errors import LayoutError
+from meshwright.errors import LayoutError, divisors
 from meshwright.frameworks.check import CheckResult, check
 from meshwright.frameworks.convert import Known, known_of
 from meshwright.frameworks.write import launch_files
