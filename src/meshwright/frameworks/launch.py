@@ -40,14 +40,18 @@ class Launch:
     """A launch of one framework.
 
     ``settings`` are in Megatron Core's words, whatever the framework. ``argv`` is what the
-    framework itself is given: flags, or overrides ``path=value``. ``gpus`` is None where the
-    launch does not say how many processes it starts. ``findings`` are those of the framework's
-    own rules, in its order, silent changes among them as warnings.
+    framework itself is given: flags, or overrides ``path=value``. ``given`` are the words of the
+    program's command line, variables of unknown value as they are written; a document
+    has none. ``gpus`` is None where the launch does not say how many processes it starts.
+    ``findings`` are those of the framework's own rules, in its order, silent changes among them
+    as warnings.
     """
 
     framework: str
     settings: Mapping[str, Setting]
     argv: tuple[str, ...] = ()
+    program: str = ""
+    given: tuple[str, ...] = ()
     gpus: int | None = None
     gpus_per_node: int | None = None
     gpu: str = ""

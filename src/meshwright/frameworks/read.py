@@ -385,7 +385,7 @@ def _experts_of_name(reading: Reading) -> None:
 
 
 def _with_machine(launch: Launch, chosen: Started, script: Script) -> Launch:
-    """Add what the batch options say of the machine: ``--gres=gpu:h100:8``."""
+    """Add the words as given, and what the batch options say of the machine: ``gpu:h100:8``."""
     from dataclasses import replace
 
     per_node = chosen.counts.gpus_per_node or (
@@ -394,6 +394,8 @@ def _with_machine(launch: Launch, chosen: Started, script: Script) -> Launch:
     gres = re.search(r"gpu:([A-Za-z][\w-]{1,40}):\d", " ".join(script.sbatch))
     return replace(
         launch,
+        program=chosen.program.text,
+        given=tuple(word.text for word in chosen.args),
         gpus_per_node=launch.gpus_per_node or per_node or None,
         gpu=gres[1] if gres else "",
     )
