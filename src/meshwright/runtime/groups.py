@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
@@ -20,12 +20,14 @@ from meshwright.parallel.mesh import dense_mesh, expert_mesh, groups
 class Group:
     """The ranks that communicate over an axis, and where this rank stands among them.
 
-    ``handle`` is ``None`` for a group of one, which never communicates.
+    ``handle`` is ``None`` for a group of one, which never communicates. ``direct``: over gloo,
+    where messages between the ranks are cheaper than the library's collectives.
     """
 
     ranks: tuple[int, ...]
     index: int
     handle: dist.ProcessGroup | None = None
+    direct: bool = False
 
     @property
     def size(self) -> int:
@@ -86,9 +88,9 @@ class _Maker:
                     list(ranks), use_local_synchronization=True, group_desc=name or None
                 )
             assert not isinstance(handle, int)
-            self.made[key] = Group(ranks, ranks.index(self.rank), handle)
-        made = self.made[key]
-        return Group(ranks, ranks.index(self.rank), made.handle)
+            direct = handle is not None and dist.get_backend(handle) == "gloo"
+            self.made[key] = Group(ranks, ranks.index(self.rank), handle, direct)
+        return replace(self.made[key], ranks=ranks, index=ranks.index(self.rank))
 
 
 def build_groups(x: Layout[int], rank: int, *, num_kv_heads: int, tied_stages: list[int]) -> Groups:
