@@ -45,8 +45,9 @@ def recomputes(draw: st.DrawFn) -> tuple[Recompute, int]:
         return Recompute(sum(draw(modules))), 0
     if kind == "full":
         return Recompute.full, 0
-    method = Recompute.block if kind == "block" else Recompute.none
-    return Recompute.full | method, draw(st.integers(1, 9))
+    if kind == "uniform":
+        return Recompute.full, draw(st.integers(2, 9))
+    return Recompute.full | Recompute.block, draw(st.integers(1, 9))
 
 
 @st.composite
@@ -228,6 +229,15 @@ def test_stated_gpus_must_agree_with_the_degrees() -> None:
         layout(tp=2, dp=2, gpus=16)
     with pytest.raises(LayoutError):
         layout(tp=32, gpus=16)
+
+
+def test_full_recomputation_of_every_layer_has_one_form() -> None:
+    """Provenance: law. Two spellings of one choice are one layout, however it was made."""
+    spelled = from_text("recompute=full:uniform:1")
+    assert to_dict(spelled) == to_dict(from_text("recompute=full"))
+    assert to_dict(spelled) == to_dict(layout(recompute=Recompute.full, recompute_num_layers=1))
+    assert spelled.recompute_num_layers == 0
+    assert recompute_to_text(Recompute.full, 1) == "full"
 
 
 @given(recomputes())

@@ -168,8 +168,6 @@ def _recompute(words: Words) -> tuple[Recompute, int]:
     if granularity == "full":
         method = words.get("recompute_method") or "uniform"
         layers = number(words, "recompute_num_layers", 1)
-        if (method, layers) == ("uniform", 1):
-            return Recompute.full, 0
         return recompute_from_text(f"full:{method}:{layers}")
     if granularity != "selective":
         remedy = did_you_mean(str(granularity), ["full", "selective"])
@@ -291,6 +289,9 @@ _SAME: Final = {
     "grouped_gemm": "moe_grouped_gemm",
     "fused_permute": "moe_permute_fusion",
     "shared_expert_overlap": "moe_shared_expert_overlap",
+    "fused_softmax": "masked_softmax_fusion",
+    "fused_wgrad_accumulation": "gradient_accumulation_fusion",
+    "fused_experts": "use_transformer_engine_op_fuser",
 }
 """A switch of ``Execution`` -> its word."""
 _CUDA_GRAPHS: Final = {
@@ -345,6 +346,10 @@ def _execution(words: Words) -> Execution:
     values: dict[str, Any] = {k: flag(words, w, getattr(Execution(), k)) for k, w in _SAME.items()}
     graphs = words.get("cuda_graph_impl")
     values["cuda_graphs"] = _CUDA_GRAPHS.get(str(graphs), "none")
+    if values["cuda_graphs"] == "partial":
+        values["graphed_modules"] = _names(words, "cuda_graph_modules") - {"full"}
+    if flag(words, "fine_grained_activation_offloading"):
+        values["offloaded_modules"] = _names(words, "offload_modules")
     dispatcher = words.get("moe_token_dispatcher_type")
     if dispatcher == "flex":
         backend = words.get("moe_flex_dispatcher_backend") or "deepep"
@@ -364,6 +369,14 @@ def _execution(words: Words) -> Execution:
     return Execution(**values)
 
 
+def _names(words: Words, word: str) -> frozenset[str]:
+    given = words.get(word) or ()
+    items = given.replace(",", " ").split() if isinstance(given, str) else given
+    if not isinstance(items, Sequence):
+        raise LayoutError(word, given, "It is a list of names.", "Write [attn,mlp].")
+    return frozenset(str(item) for item in cast("Sequence[Any]", items))
+
+
 def _has_experts(words: Words) -> bool:
     return bool(words.get("num_moe_experts")) or words.get("num_layers") is None
 
@@ -376,6 +389,9 @@ def effective(execution: Execution, x: Layout[int], moe: bool = True) -> Executi
     idle: list[str] = ["overlap_cp_comm", "forced_balance", "cross_entropy_in_fp32"]
     if x.zero == Zero.no_shard or x.dp * x.cp == 1:
         idle.append("overlap_param_gather")
+    if x.zero > Zero.optim:
+        # Megatron-FSDP holds gradients in buffers of its own, which matmuls cannot add to.
+        idle.append("fused_wgrad_accumulation")
     if x.dp * x.cp == 1:
         idle.append("overlap_grad_reduce")
     if x.tp == 1 or not x.sp:
@@ -389,9 +405,12 @@ def effective(execution: Execution, x: Layout[int], moe: bool = True) -> Executi
             "grouped_gemm",
             "fused_permute",
             "shared_expert_overlap",
+            "fused_experts",
             "capacity_factor",
             "dispatcher",
         ]
+    if execution.cuda_graphs != "partial":
+        idle.append("graphed_modules")
     default = Execution()
     return replace(execution, **{name: getattr(default, name) for name in idle})
 
@@ -425,11 +444,22 @@ def job_words(job: Job, x: Layout[int]) -> dict[str, Any]:
         words["moe_flex_dispatcher_backend"] = execution.dispatcher
     else:
         words["moe_token_dispatcher_type"] = execution.dispatcher
+    if job.precision.grad_bytes == 2.0 and job.precision.master_bytes:
+        words["grad_reduce_in_bf16"] = True
+    return {**words, **_execution_words(execution), **_task_words(job)}
+
+
+def _execution_words(execution: Execution) -> dict[str, Any]:
+    """Return the words of the switches that are more than on or off."""
+    words: dict[str, Any] = {}
     if execution.cuda_graphs != "none":
         full = execution.cuda_graphs == "full"
         words["cuda_graph_impl"] = "full_iteration" if full else "transformer_engine"
-    if job.precision.grad_bytes == 2.0 and job.precision.master_bytes:
-        words["grad_reduce_in_bf16"] = True
+        if execution.graphed_modules:
+            words["cuda_graph_modules"] = sorted(execution.graphed_modules)
+    if execution.offloaded_modules:
+        words["fine_grained_activation_offloading"] = True
+        words["offload_modules"] = sorted(execution.offloaded_modules)
     if execution.capacity_factor is not None:
         words["moe_expert_capacity_factor"] = execution.capacity_factor
     if execution.optimizer_offload_fraction:
@@ -439,7 +469,7 @@ def job_words(job: Job, x: Layout[int]) -> dict[str, Any]:
         words["cpu_offloading_num_layers"] = execution.activation_offload_layers
     if not execution.flash_attention:
         words["attention_backend"] = "unfused"
-    return {**words, **_task_words(job)}
+    return words
 
 
 def _task_words(job: Job) -> dict[str, Any]:

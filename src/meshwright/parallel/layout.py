@@ -215,6 +215,8 @@ def layout(
         )
     if schedule is None:
         schedule = Pipeline.interleaved if vpp > 1 else Pipeline.one_f_one_b
+    if recompute == Recompute.full and recompute_num_layers == 1:
+        recompute_num_layers = 0
     return Layout[int](
         tp=tp,
         cp=cp,
@@ -361,13 +363,16 @@ def recompute_to_text(recompute: int, num_layers: int) -> str:
     if recompute & Recompute.full:
         if recompute & Recompute.block:
             return f"full:block:{num_layers}"
-        return f"full:uniform:{num_layers}" if num_layers else "full"
+        return f"full:uniform:{num_layers}" if num_layers > 1 else "full"
     names = [str(m.name) for m in Recompute if m & recompute and m < Recompute.full]
     return "+".join(names) or "none"
 
 
 def recompute_from_text(text: str) -> tuple[Recompute, int]:
-    """Read ``none``, modules joined by ``+``, ``full``, ``full:uniform:N`` or ``full:block:N``."""
+    """Read ``none``, modules joined by ``+``, ``full``, ``full:uniform:N`` or ``full:block:N``.
+
+    ``full`` is the short form of ``full:uniform:1``: both read as the same layout.
+    """
     head, *rest = text.split(":")
     if head == "full":
         if not rest:
@@ -379,6 +384,8 @@ def recompute_from_text(text: str) -> tuple[Recompute, int]:
             and rest[1].isascii()
             and 0 < int(rest[1][:12]) < 10**6
         ):
+            if rest == ["uniform", "1"]:
+                return Recompute.full, 0
             method = Recompute.block if rest[0] == "block" else Recompute.none
             return Recompute.full | method, int(rest[1])
         raise LayoutError(

@@ -55,7 +55,9 @@ _SAME: Final = (
     *("moe_router_enable_expert_bias", "mtp_num_layers", "multi_latent_attention"),
     *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
     *("window_size", "moe_aux_loss_coeff", "moe_router_load_balancing_type"),
-    *("make_vocab_size_divisible_by", "grad_reduce_in_bf16"),
+    *("make_vocab_size_divisible_by", "grad_reduce_in_bf16", "masked_softmax_fusion"),
+    *("gradient_accumulation_fusion", "use_transformer_engine_op_fuser"),
+    *("cuda_graph_modules", "fine_grained_activation_offloading", "offload_modules"),
 )
 """Words that are attributes of Megatron-LM's arguments."""
 
