@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from meshwright.describe.config import Config
@@ -11,8 +12,10 @@ from meshwright.describe.facts import (
     CompressedAttention,
     Decoder,
     DeltaNet,
+    FeedForward,
     LatentAttention,
     Layer,
+    Mixer,
     Mlp,
     Moe,
 )
@@ -20,6 +23,21 @@ from meshwright.describe.model import Model
 
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
 """The attention words of ``layer_types``, and whether such a layer has a window."""
+
+QWEN_HYBRID = {
+    "num_attention_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "full_attention_interval": 4,
+}
+"""What the configs of all Qwen hybrids leave out alike."""
 
 
 def attention(config: Config, **facts: Any) -> Attention:
@@ -81,7 +99,7 @@ def sparse_layers(config: Config) -> list[bool]:
     return [i not in dense and (i + 1) % step == 0 for i in range(num_layers)]
 
 
-def linear_layers(config: Config) -> list[bool]:
+def _linear_layers(config: Config) -> list[bool]:
     """Return which layers of a Qwen hybrid have linear attention."""
     num_layers = config.layers()
     words = config.choices("layer_types", ("linear_attention", "full_attention"), num_layers)
@@ -89,6 +107,29 @@ def linear_layers(config: Config) -> list[bool]:
         return [word == "linear_attention" for word in words]
     every = config.size("full_attention_interval")
     return [(i + 1) % every != 0 for i in range(num_layers)]
+
+
+def qwen_hybrid(config: Config, ffns: Iterable[FeedForward]) -> Model:
+    """Return a Qwen hybrid: gated delta nets and some gated attention; ``ffns`` has one a layer."""
+    bias = config.flag("attention_bias")
+    full = attention(config, qkv_bias=bias, out_bias=bias, qk_norm="head", output_gate=True)
+    linear = delta_net(config)
+    layers = tuple(
+        Layer(mixer=linear if is_linear else full, ffn=ffn)
+        for is_linear, ffn in zip(_linear_layers(config), ffns, strict=True)
+    )
+    return decoder(config, layers)
+
+
+def qwen_experts(config: Config) -> Moe:
+    """Return the experts of a Qwen mixture with a gated shared expert."""
+    return Moe(
+        num_experts=config.size("num_experts", also="num_local_experts"),
+        topk=config.size("num_experts_per_tok"),
+        ffn_hidden_size=config.size("moe_intermediate_size"),
+        shared_ffn_hidden_size=config.size("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
 
 
 def delta_net(config: Config) -> DeltaNet:
@@ -135,24 +176,25 @@ def compressed_attention(config: Config, ratio: int) -> CompressedAttention:
     )
 
 
-def latent_decoder(config: Config) -> Model:
-    """Return a decoder of DeepSeek-V3's kind: latent attention, dense layers, then experts, MTP.
+def deepseek_experts(config: Config, **facts: Any) -> Moe:
+    """Return experts as DeepSeek's configs spell them; ``facts`` adds or overrides fields."""
+    expert_ffn = config.size("moe_intermediate_size")
+    return Moe(
+        num_experts=config.size("n_routed_experts"),
+        topk=config.size("num_experts_per_tok"),
+        ffn_hidden_size=expert_ffn,
+        shared_ffn_hidden_size=expert_ffn * config.optional_size("n_shared_experts"),
+        **facts,
+    )
+
+
+def sparse_decoder(config: Config, mixer: Mixer) -> Model:
+    """Return a decoder of DeepSeek-V3's kind: dense layers, then experts, MTP.
 
     ``mlp_layer_types`` (dense, sparse) overrides ``first_k_dense_replace``.
     """
-    attention = latent_attention(config)
-    expert_ffn = config.size("moe_intermediate_size")
-    moe = Layer(
-        mixer=attention,
-        ffn=Moe(
-            num_experts=config.size("n_routed_experts"),
-            topk=config.size("num_experts_per_tok"),
-            ffn_hidden_size=expert_ffn,
-            shared_ffn_hidden_size=expert_ffn * config.optional_size("n_shared_experts"),
-            correction_bias=True,
-        ),
-    )
-    dense = Layer(mixer=attention, ffn=mlp(config))
+    moe = Layer(mixer=mixer, ffn=deepseek_experts(config, correction_bias=True))
+    dense = Layer(mixer=mixer, ffn=mlp(config))
     num_layers = config.layers()
     words = config.choices("mlp_layer_types", ("dense", "sparse"), num_layers)
     if words is None:
@@ -162,4 +204,21 @@ def latent_decoder(config: Config) -> Model:
         config,
         tuple(moe if word == "sparse" else dense for word in words),
         mtp=((moe,),) * config.depths(),
+    )
+
+
+def gpt_layer(
+    heads: int, head_dim: int, ffn_hidden_size: int, *, kv_heads: int = 0, bias: bool = True
+) -> Layer:
+    """Return a layer of GPT-2's kind: no rotary positions, no gate; ``kv_heads`` 0 is ``heads``."""
+    return Layer(
+        mixer=Attention(
+            num_heads=heads,
+            num_kv_heads=kv_heads or heads,
+            head_dim=head_dim,
+            qkv_bias=bias,
+            out_bias=bias,
+            rope=False,
+        ),
+        ffn=Mlp(ffn_hidden_size=ffn_hidden_size, gated=False, bias=bias),
     )

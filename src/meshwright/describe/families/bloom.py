@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from meshwright.describe.config import Config
 from meshwright.describe.decoder import build_decoder
-from meshwright.describe.facts import Attention, Decoder, Layer, Mlp
+from meshwright.describe.facts import Decoder
 from meshwright.describe.model import Model
+from meshwright.describe.standard import gpt_layer
 
 
 def build(config: Config) -> Model:
     """Return the model of a ``bloom`` config."""
     hidden = config.size("hidden_size", 64, also="n_embed")
     heads = config.size("n_head", 8, also="num_attention_heads")
-    layer = Layer(
-        mixer=Attention(
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=config.head_dim(hidden, heads),
-            qkv_bias=True,
-            out_bias=True,
-            rope=False,
-        ),
-        ffn=Mlp(ffn_hidden_size=4 * hidden, gated=False, bias=True),
-    )
+    layer = gpt_layer(heads, config.head_dim(hidden, heads), 4 * hidden)
     return build_decoder(
         Decoder(
             model_type="bloom",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from meshwright.describe.config import Config
-from meshwright.describe.facts import Layer, Mlp, Moe
+from meshwright.describe.facts import Layer
 from meshwright.describe.model import Model
-from meshwright.describe.standard import decoder, latent_attention
+from meshwright.describe.standard import decoder, deepseek_experts, latent_attention, mlp
 
 
 def build(config: Config) -> Model:
@@ -32,15 +32,9 @@ def build(config: Config) -> Model:
         moe_layer_freq=1,
     )
     attention = latent_attention(config)
-    expert_ffn = config.size("moe_intermediate_size")
-    experts = Moe(
-        num_experts=config.size("n_routed_experts"),
-        topk=config.size("num_experts_per_tok"),
-        ffn_hidden_size=expert_ffn,
-        shared_ffn_hidden_size=expert_ffn * config.optional_size("n_shared_experts"),
-        shared_bias=config.flag("mlp_bias"),
-    )
-    dense = Mlp(ffn_hidden_size=config.size("intermediate_size"), bias=config.flag("mlp_bias"))
+    bias = config.flag("mlp_bias")
+    experts = deepseek_experts(config, shared_bias=bias)
+    dense = mlp(config, bias=bias)
     first, every = config.size("first_k_dense_replace", low=0), config.size("moe_layer_freq")
     layers = tuple(
         Layer(mixer=attention, ffn=experts if i >= first and i % every == 0 else dense)

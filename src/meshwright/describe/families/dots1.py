@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from meshwright.describe.config import Config
-from meshwright.describe.facts import Layer, Moe
+from meshwright.describe.facts import Layer
 from meshwright.describe.model import Model
-from meshwright.describe.standard import attention, decoder, mlp, windows
+from meshwright.describe.standard import attention, decoder, deepseek_experts, mlp, windows
 
 
 def build(config: Config) -> Model:
@@ -23,16 +23,8 @@ def build(config: Config) -> Model:
         first_k_dense_replace=0,
         sliding_window=4096,
     )
-
     bias = config.flag("attention_bias")
-    expert_ffn = config.size("moe_intermediate_size")
-    experts = Moe(
-        num_experts=config.size("n_routed_experts"),
-        topk=config.size("num_experts_per_tok"),
-        ffn_hidden_size=expert_ffn,
-        shared_ffn_hidden_size=expert_ffn * config.optional_size("n_shared_experts"),
-        correction_bias=True,
-    )
+    experts = deepseek_experts(config, correction_bias=True)
     first = config.size("first_k_dense_replace", low=0)
     layers = tuple(
         Layer(

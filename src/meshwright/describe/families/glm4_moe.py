@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from meshwright.describe.config import Config
-from meshwright.describe.facts import Layer, Moe
 from meshwright.describe.model import Model
-from meshwright.describe.standard import attention, decoder, mlp
+from meshwright.describe.standard import attention, sparse_decoder
 
 
 def build(config: Config) -> Model:
@@ -33,21 +32,4 @@ def build(config: Config) -> Model:
         qkv_bias=config.flag("attention_bias"),
         qk_norm="head" if config.flag("use_qk_norm") else "",
     )
-    expert_ffn = config.size("moe_intermediate_size")
-    moe = Layer(
-        mixer=mixer,
-        ffn=Moe(
-            num_experts=config.size("n_routed_experts"),
-            topk=config.size("num_experts_per_tok"),
-            ffn_hidden_size=expert_ffn,
-            shared_ffn_hidden_size=expert_ffn * config.optional_size("n_shared_experts"),
-            correction_bias=True,
-        ),
-    )
-    num_layers = config.layers()
-    num_dense = min(config.size("first_k_dense_replace", low=0), num_layers)
-    return decoder(
-        config,
-        (Layer(mixer=mixer, ffn=mlp(config)),) * num_dense + (moe,) * (num_layers - num_dense),
-        mtp=((moe,),) * config.depths(),
-    )
+    return sparse_decoder(config, mixer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from meshwright.describe.config import Config
 from meshwright.describe.model import Model
-from meshwright.describe.standard import latent_decoder
+from meshwright.describe.standard import latent_attention, sparse_decoder
 
 
 def build(config: Config) -> Model:
@@ -30,4 +30,4 @@ def build(config: Config) -> Model:
         first_k_dense_replace=1,
         num_nextn_predict_layers=0,
     )
-    return latent_decoder(config)
+    return sparse_decoder(config, latent_attention(config))

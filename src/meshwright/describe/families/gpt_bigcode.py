@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from meshwright.describe.config import Config
 from meshwright.describe.decoder import build_decoder
-from meshwright.describe.facts import Attention, Decoder, Layer, Mlp
+from meshwright.describe.facts import Decoder
 from meshwright.describe.model import Model
+from meshwright.describe.standard import gpt_layer
 
 
 def build(config: Config) -> Model:
@@ -13,18 +14,11 @@ def build(config: Config) -> Model:
     hidden = config.size("n_embd", 768, also="hidden_size")
     heads = config.size("n_head", 12, also="num_attention_heads")
     positions = config.size("n_positions", 1024, also="max_position_embeddings")
-    layer = Layer(
-        mixer=Attention(
-            num_heads=heads,
-            num_kv_heads=1 if config.flag("multi_query", True) else heads,
-            head_dim=config.head_dim(hidden, heads, ""),
-            qkv_bias=True,
-            out_bias=True,
-            rope=False,
-        ),
-        ffn=Mlp(
-            ffn_hidden_size=config.optional_size("n_inner") or 4 * hidden, gated=False, bias=True
-        ),
+    layer = gpt_layer(
+        heads,
+        config.head_dim(hidden, heads, ""),
+        config.optional_size("n_inner") or 4 * hidden,
+        kv_heads=1 if config.flag("multi_query", True) else heads,
     )
     return build_decoder(
         Decoder(

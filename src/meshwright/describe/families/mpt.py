@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from meshwright.describe.config import Config
 from meshwright.describe.decoder import build_decoder
-from meshwright.describe.facts import Attention, Decoder, Layer, Mlp
+from meshwright.describe.facts import Decoder
 from meshwright.describe.model import Model
+from meshwright.describe.standard import gpt_layer
 
 
 def build(config: Config) -> Model:
@@ -16,15 +17,8 @@ def build(config: Config) -> Model:
     alibi = True
     if config.given("attn_config"):
         alibi = config.nested("attn_config").flag("alibi", True)
-    layer = Layer(
-        mixer=Attention(
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=config.head_dim(hidden, heads),
-            rope=False,
-        ),
-        ffn=Mlp(ffn_hidden_size=config.size("expansion_ratio", 4) * hidden, gated=False),
-    )
+    ffn = config.size("expansion_ratio", 4) * hidden
+    layer = gpt_layer(heads, config.head_dim(hidden, heads), ffn, bias=False)
     learned = not alibi and config.flag("learned_pos_emb", True)
     return build_decoder(
         Decoder(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from meshwright.describe.config import Config
 from meshwright.describe.decoder import build_decoder
-from meshwright.describe.facts import Attention, Decoder, Layer, Mlp
+from meshwright.describe.facts import Decoder
 from meshwright.describe.model import Model
+from meshwright.describe.standard import gpt_layer
 from meshwright.errors import ModelError
 
 
@@ -19,17 +20,8 @@ def build(config: Config) -> Model:
     heads = config.size("num_attention_heads", 12)
     bias = config.flag("enable_bias", True)
     positions = config.size("max_position_embeddings", 2048)
-    layer = Layer(
-        mixer=Attention(
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=config.head_dim(hidden, heads, ""),
-            qkv_bias=bias,
-            out_bias=bias,
-            rope=False,
-        ),
-        ffn=Mlp(ffn_hidden_size=config.size("ffn_dim", 3072), gated=False, bias=bias),
-    )
+    ffn = config.size("ffn_dim", 3072)
+    layer = gpt_layer(heads, config.head_dim(hidden, heads, ""), ffn, bias=bias)
     return build_decoder(
         Decoder(
             model_type="opt",

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from meshwright.describe.config import Config
-from meshwright.describe.facts import Layer, Moe
+from meshwright.describe.facts import Layer
 from meshwright.describe.model import Model
-from meshwright.describe.standard import attention, decoder, mlp, sparse_layers, upper_windows
+from meshwright.describe.standard import (
+    attention,
+    decoder,
+    mlp,
+    qwen_experts,
+    sparse_layers,
+    upper_windows,
+)
 
 
 def build(config: Config) -> Model:
@@ -26,13 +33,7 @@ def build(config: Config) -> Model:
         shared_expert_intermediate_size=5632,
         decoder_sparse_step=1,
     )
-    experts = Moe(
-        num_experts=config.size("num_experts", also="num_local_experts"),
-        topk=config.size("num_experts_per_tok"),
-        ffn_hidden_size=config.size("moe_intermediate_size"),
-        shared_ffn_hidden_size=config.size("shared_expert_intermediate_size"),
-        shared_gate=True,
-    )
+    experts = qwen_experts(config)
     bias = config.flag("qkv_bias")
     layers = tuple(
         Layer(
