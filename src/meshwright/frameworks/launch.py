@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from meshwright.describe.cluster import Cluster, build_cluster, load_cluster
 from meshwright.errors import MeshwrightError
 from meshwright.findings import Finding
+from meshwright.frameworks.shell_words import Word
 from meshwright.frameworks.words import job_of, layout_of, layout_word_names
 from meshwright.parallel.layout import Layout
 
@@ -51,7 +52,7 @@ class Launch:
     settings: Mapping[str, Setting]
     argv: tuple[str, ...] = ()
     program: str = ""
-    given: tuple[str, ...] = ()
+    given: tuple[Word, ...] = ()
     gpus: int | None = None
     gpus_per_node: int | None = None
     gpu: str = ""

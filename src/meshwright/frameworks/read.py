@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Final, Literal
@@ -149,7 +150,8 @@ def read_document(
     readers = {"yaml": paths.from_yaml, "toml": paths.from_toml, "python": paths.from_python}
     found = readers[kind](text, origin)
     framework = framework or _framework_of("", [], found)
-    return _read_overrides(framework, found, None, gpus, {}, env, ())
+    launch = _read_overrides(framework, found, None, gpus, {}, env, ())
+    return replace(launch, given=tuple(map(_as_word, found)))
 
 
 def _kind_of(text: str, name: str) -> Kind:
@@ -209,9 +211,17 @@ def _from_script(
         reading = read(chosen.args, stated, {**environment, **(env or {})})
         launch = _launch(name, reading, stated, environment, unread)
     else:
-        overrides = [*_beside(chosen, folder), *_overrides(chosen)]
+        beside = _beside(chosen, folder)
+        overrides = [*beside, *_overrides(chosen)]
         launch = _read_overrides(name, overrides, chosen, gpus, environment, env, unread)
+        launch = replace(launch, given=tuple(map(_as_word, beside)))
     return _with_machine(launch, chosen, script)
+
+
+def _as_word(override: Override) -> Word:
+    """Return a setting of a document as a word of a command line."""
+    text = f"{override.prefix}{override.path}={override.value}"
+    return Word(text, 0, (), override.unknown)
 
 
 def _candidate(command: Command, around: Counts) -> Started | None:
@@ -386,8 +396,6 @@ def _experts_of_name(reading: Reading) -> None:
 
 def _with_machine(launch: Launch, chosen: Started, script: Script) -> Launch:
     """Add the words as given, and what the batch options say of the machine: ``gpu:h100:8``."""
-    from dataclasses import replace
-
     per_node = chosen.counts.gpus_per_node or (
         chosen.counts.per_node if chosen.counts.torchrun else 0
     )
@@ -395,7 +403,7 @@ def _with_machine(launch: Launch, chosen: Started, script: Script) -> Launch:
     return replace(
         launch,
         program=chosen.program.text,
-        given=tuple(word.text for word in chosen.args),
+        given=(*launch.given, *chosen.args),
         gpus_per_node=launch.gpus_per_node or per_node or None,
         gpu=gres[1] if gres else "",
     )
