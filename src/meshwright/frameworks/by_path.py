@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from meshwright.describe.model import Model
 from meshwright.findings import Finding, Severity
 from meshwright.frameworks.launch import Reading, Setting
 from meshwright.frameworks.overrides import Override, by_path
+from meshwright.frameworks.site import site_of
+from meshwright.frameworks.words_model import find_model
+
+_VISION: Final = r"(?i)[-_]VL\b|[-_]vision\b|llava|internvl|qwen3[._]5\b"
+"""Names of models that read images; Qwen3.5 does so in all its sizes."""
 
 Names = Mapping[str, str]
 """Megatron Core's word -> the path that sets it."""
@@ -40,9 +48,11 @@ class Facts:
         reading: Reading,
         defaults: Mapping[str, Any],
         gpus: int | None,
+        env: Mapping[str, object] | None = None,
     ) -> None:
         self._found, self._reading, self._defaults = found, reading, defaults
         self.gpus = gpus
+        self.site = site_of(env)
 
     def __getitem__(self, path: str) -> Any:
         if path in self._found:
@@ -73,6 +83,17 @@ class Facts:
         return value if isinstance(value, int) and value >= 1 else 1
 
     @property
+    def model(self) -> Model | None:
+        """The model that the launch names, when it is a known one."""
+        name = self.word("model")
+        return find_model(name) if isinstance(name, str) else None
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the name of the model is that of one that reads images."""
+        return bool(re.search(_VISION, str(self.word("model") or "")[:1000]))
+
+    @property
     def model_parallel(self) -> int:
         """TP*CP*PP, the ranks of one replica."""
         return (
@@ -89,16 +110,17 @@ class Facts:
         return self.gpus // self.model_parallel
 
 
+Breach = Callable[[Facts], object]
+"""Returns something true when a rule is broken: numbers for its texts, or True."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One rule of a framework on its own settings.
-
-    ``broken`` returns something true when it is broken: numbers for the texts, which are templates.
-    """
+    """One rule of a framework on its own settings; its texts are templates."""
 
     id: str
     field: str
-    broken: Callable[[Facts], object]
+    broken: Breach
     rule: str
     remedy: str = ""
     severity: Severity = "error"
@@ -131,10 +153,70 @@ def judge(rules: Sequence[Rule], facts: Facts) -> list[Finding]:
     return found
 
 
+def when(applies: Breach, broken: Breach) -> Breach:
+    """Return a breach that counts only where ``applies`` is true."""
+    return lambda f: applies(f) and broken(f)
+
+
+def below(path: str, least: int = 1) -> Breach:
+    """Return the breach of a whole number that must be at least ``least`` where it is known."""
+
+    def broken(f: Facts) -> object:
+        value = f.whole(path)
+        return value is not None and value < least
+
+    return broken
+
+
+def world(f: Facts) -> object:
+    """Return what is wrong when the GPUs hold no whole number of replicas of TP*CP*PP ranks."""
+    return f.gpus is not None and _rest(f.gpus, f.model_parallel)
+
+
+def expert_world(f: Facts) -> object:
+    """Return what is wrong when the GPUs are no multiple of PP*EP*ETP."""
+    split = f.degree("expert_model_parallel_size") * f.degree("expert_tensor_parallel_size")
+    unit = split * f.degree("pipeline_model_parallel_size")
+    return f.gpus is not None and split > 1 and _rest(f.gpus, unit)
+
+
+def _rest(gpus: int, unit: int) -> object:
+    return gpus % unit and {"gpus": gpus, "unit": unit, "near": near_multiples(gpus, unit)}
+
+
+def rollout_experts(ep: str, *parts: str) -> Breach:
+    """Return the breach of an engine whose experts do not split over exactly its ranks.
+
+    ``parts`` are the paths of the degrees that multiply to those ranks.
+    """
+
+    def broken(f: Facts) -> object:
+        have = math.prod(f.whole(part) or 1 for part in parts)
+        wanted = f.whole(ep) or 1
+        return wanted > 1 and wanted != have and {"have": have}
+
+    return broken
+
+
 def near_multiples(value: int, unit: int) -> str:
     """Return the positive multiples of ``unit`` around ``value`` as text."""
     below, above = value // unit * unit, (value // unit + 1) * unit
     return f"{below} or {above}" if below > 0 else f"{above}"
 
 
-__all__ = ["Facts", "Names", "Rule", "by_path", "judge", "near_multiples", "overrides_of", "take"]
+__all__ = [
+    "Breach",
+    "Facts",
+    "Names",
+    "Rule",
+    "below",
+    "by_path",
+    "expert_world",
+    "judge",
+    "near_multiples",
+    "overrides_of",
+    "rollout_experts",
+    "take",
+    "when",
+    "world",
+]

@@ -94,10 +94,21 @@ def check(
     from meshwright.describe.cluster import load_cluster
 
     machine = None if cluster is None else load_cluster(cluster)
+    env = {**_facts_of(machine), **(env or {})}
     launch = read_launch(source, gpus=gpus, framework=framework, env=env)
     if machine is not None and gpus is None and launch.gpus is None:
         launch = read_launch(source, gpus=machine.num_gpus, framework=framework, env=env)
     return check_launch_read(launch, machine or launch.cluster())
+
+
+def _facts_of(machine: Cluster | None) -> dict[str, object]:
+    """Return what rules ask of a machine: the compute capability of its GPU, if it has one."""
+    if machine is None:
+        return {}
+    major, dot, minor = machine.gpu.compute_capability.partition(".")
+    if not (dot and major.isdecimal() and minor.isdecimal()):
+        return {}
+    return {"site.device_capability": [int(major), int(minor)]}
 
 
 def check_launch_read(launch: Launch, cluster: Cluster | None = None) -> CheckResult:

@@ -1,4 +1,4 @@
-"""Rules of Bridge's configuration as a whole: batch, data, schedule, checkpoints, precision."""
+"""Rules of Bridge's configuration as a whole: world, batch, precision, groups."""
 
 from __future__ import annotations
 
@@ -12,26 +12,9 @@ from meshwright.frameworks.megatron_lm.rules import (
     indivisible,
     is_list,
     multiples_near,
-    warning,
 )
 
 _ALGORITHMS = ("Tree", "Ring", "CollnetDirect", "CollnetChain", "^NVLS")
-
-
-def _sft(s: Settings) -> bool:
-    return s.dataset_kind == "sft"
-
-
-def _checkpoints(s: Settings) -> bool:
-    return s.save is not None or s.checkpoint_load is not None
-
-
-def _packed(s: Settings) -> bool:
-    return bool(s.dataset_enable_offline_packing)
-
-
-def _training_graph(s: Settings) -> bool:
-    return s.cuda_graph_impl in ("full_iteration", "transformer_engine")
 
 
 def _zero(s: Settings) -> object:
@@ -56,61 +39,6 @@ def _world(s: Settings) -> object:
 def _local_graph(s: Settings) -> object:
     inference = s.inference_cuda_graph_scope in ("layer", "block") and not s.cuda_graph_modules
     return s.cuda_graph_impl == "local" and not inference
-
-
-def _modes(s: Settings) -> int:
-    given = (s.train_iters, s.train_samples, s.train_num_epochs)
-    return sum(value is not None for value in given)
-
-
-def _by_samples(s: Settings) -> bool:
-    return s.train_samples is not None
-
-
-def _mixed_schedule(s: Settings) -> bool:
-    iterations = s.scheduler_lr_decay_iters is not None or s.scheduler_lr_warmup_iters != 0
-    samples = s.scheduler_lr_decay_samples is not None or s.scheduler_lr_warmup_samples != 0
-    return (iterations or s.scheduler_lr_wsd_decay_iters is not None) and (
-        samples or s.scheduler_lr_wsd_decay_samples is not None
-    )
-
-
-def _profiled_steps(s: Settings) -> bool:
-    start, end = s.profiling_profile_step_start, s.profiling_profile_step_end
-    return start < 0 or end < start
-
-
-def _eval_cp(s: Settings) -> int:
-    return s.dist_eval_context_parallel_size or s.cp
-
-
-def _eval_world(s: Settings) -> object:
-    size = s.dist_eval_context_parallel_size
-    if size is None:
-        return None
-    unit = s.tp * s.pp * size
-    return indivisible(s.world_size, unit) and {
-        "unit": unit,
-        "nearest": multiples_near(s.world_size, unit) if unit > 0 else unit,
-    }
-
-
-def _eval_batch(s: Settings) -> object:
-    eval_dp = s.world_size // (s.tp * s.pp * _eval_cp(s))
-    unit = s.eval_micro_batch_size * eval_dp
-    return indivisible(s.eval_global_batch_size, unit) and {
-        "eval_dp": eval_dp,
-        "unit": unit,
-        "nearest": multiples_near(s.eval_global_batch_size, unit) if unit > 0 else unit,
-    }
-
-
-def _eval_defaults(s: Settings) -> dict[str, object]:
-    gbs, mbs = s.eval_global_batch_size, s.eval_micro_batch_size
-    return {
-        "eval_global_batch_size": s.global_batch_size if gbs is None else gbs,
-        "eval_micro_batch_size": s.micro_batch_size if mbs is None else mbs,
-    }
 
 
 def _nccl_algorithm(s: Settings) -> object:
@@ -158,21 +86,6 @@ def _symmetric(s: Settings) -> bool:
     return not counted and all(value is None for value in given)
 
 
-def _not_collated(s: Settings) -> object:
-    if not _sft(s) or not s.dataset_seq_length:
-        return None
-    sizes = {s.cp, _eval_cp(s)}
-    units = [2 * size for size in sizes if size > 1]
-    units += [size * s.tp for size in sizes if s.sequence_parallel and s.tp > 1]
-    unit = math.lcm(*units) or 1
-    return s.dataset_seq_length % unit and {"unit": unit}
-
-
-def _variable_lengths(s: Settings) -> object:
-    packs = s.dataset_enable_in_batch_packing and s.pp > 1
-    return packs and {"variable_seq_lengths": True}
-
-
 def _expert_unit(s: Settings) -> int:
     return max(1, s.etp) * max(1, s.ep) * s.pp
 
@@ -193,22 +106,6 @@ def _decentral_instances(s: Settings) -> object:
 
 
 RULES = (
-    error(
-        "MB-CFG-samples_gbs",
-        "data_parallel:0",
-        "global_batch_size",
-        lambda s: _by_samples(s) and s.global_batch_size is None,
-        "Training by samples needs the global batch.",
-        "Set {write[global_batch_size]}.",
-    ),
-    error(
-        "MB-CFG-epochs_gbs",
-        "data_parallel:0",
-        "global_batch_size",
-        lambda s: s.train_num_epochs is not None and s.global_batch_size is None,
-        "Training by epochs needs the global batch.",
-        "Set {write[global_batch_size]}.",
-    ),
     error(
         "MB-CFG-positive",
         "data_parallel:1",
@@ -231,52 +128,6 @@ RULES = (
     derive(
         "data_parallel:1030",
         lambda s: {"data_parallel_size": s.world_size // (s.tp * s.pp * s.cp)},
-    ),
-    error(
-        "MB-CFG-packing_excl",
-        "dataset:1277",
-        "dataset_enable_in_batch_packing",
-        lambda s: _packed(s) and s.dataset_enable_in_batch_packing,
-        "Sequences are packed ahead or in the batch, not both.",
-        "Keep one of the two.",
-    ),
-    error(
-        "MB-CFG-packing_specs",
-        "dataset:1279",
-        "dataset_offline_packing_specs",
-        lambda s: (
-            _packed(s)
-            and s.dataset_offline_packing_specs is None
-            and "dataset_offline_packing_specs" in s.given
-        ),
-        "Packing ahead needs its specification.",
-        "Set {write[dataset_offline_packing_specs]}.",
-    ),
-    error(
-        "MB-CFG-packing_graph",
-        "dataset:1300",
-        "dataset_pad_to_max_length",
-        lambda s: _packed(s) and _training_graph(s) and not s.dataset_pad_to_max_length,
-        "CUDA graphs need packed sequences of a fixed length.",
-        "Use {write[dataset_pad_to_max_length=true]}.",
-    ),
-    change(
-        "MB-CFG-pad_fixed",
-        "dataset:1352",
-        "dataset_pad_to_max_length",
-        lambda s: _sft(s) and (s.pp > 1 or s.ep > 1) and {"dataset_pad_to_max_length": True},
-        "With pipeline or expert parallelism every sample is padded to the full length.",
-        "Plan memory and time for full sequences.",
-        severity="note",
-    ),
-    warning(
-        "MB-CFG-sft_multiple",
-        "dataset:1369",
-        "dataset_seq_length",
-        _not_collated,
-        "Fine-tuning data are padded to multiples of {unit}: 2*cp, and cp*tp under sequence "
-        "parallelism; {dataset_seq_length} is none.",
-        "Use a multiple of {unit} in {write[seq_length]} and {write[dataset_seq_length]}.",
     ),
     error(
         "MB-GRAPH-local",
@@ -318,105 +169,6 @@ RULES = (
         lambda s: s.tp <= 1 and s.sequence_parallel and {"sequence_parallel": False},
         "Sequence parallelism is turned off, because tp is 1.",
         "Use {write[sequence_parallel=false]}, or tp > 1.",
-    ),
-    change(
-        "MB-TC-varlen",
-        "transformer_config:9000",
-        "variable_seq_lengths",
-        _variable_lengths,
-        "Sequences packed in the batch vary in length, so stages exchange lengths too.",
-        severity="note",
-    ),
-    error(
-        "MB-CFG-train_mode_given",
-        "validate:1410",
-        "train_iters",
-        lambda s: _modes(s) == 0,
-        "Training is counted in iterations, samples or epochs.",
-        "Give {write[train_iters]}.",
-    ),
-    error(
-        "MB-CFG-train_mode_one",
-        "validate:1411",
-        "train_iters",
-        lambda s: _modes(s) > 1,
-        "Training is counted in one of iterations, samples and epochs.",
-        "Keep one of {write[train_iters]}, {write[train_samples]} and {write[train_num_epochs]}.",
-    ),
-    error(
-        "MB-CFG-samples_rampup",
-        "validate:1412",
-        "train_rampup_batch_size",
-        lambda s: (_by_samples(s) or s.train_num_epochs) and s.train_rampup_batch_size,
-        "Training by samples or epochs excludes a batch that grows.",
-        "Use {write[train_rampup_batch_size=null]}.",
-    ),
-    error(
-        "MB-CFG-sched_max",
-        "validate:1420",
-        "scheduler_max_steps",
-        lambda s: s.scheduler_max_steps is not None and s.scheduler_max_steps <= 0,
-        "The steps of the schedule are positive.",
-        "Use 1 or more.",
-    ),
-    error(
-        "MB-CFG-sched_mix",
-        "validate:1421",
-        "scheduler_lr_decay_iters",
-        _mixed_schedule,
-        "The schedule counts in iterations or in samples.",
-        "Use one family of fields.",
-    ),
-    error(
-        "MB-CFG-async_save",
-        "validate:1430",
-        "async_save",
-        lambda s: s.async_save and s.save is None,
-        "Asynchronous saving needs a place.",
-        "Set {write[save]}.",
-    ),
-    error(
-        "MB-CFG-async_worker",
-        "validate:1431",
-        "use_persistent_ckpt_worker",
-        lambda s: s.async_save and not s.use_persistent_ckpt_worker,
-        "Asynchronous saving needs the persistent worker.",
-        "Use {write[use_persistent_ckpt_worker=true]}.",
-    ),
-    error(
-        "MB-CFG-profilers",
-        "validate:1440",
-        "profiling_use_nsys_profiler",
-        lambda s: s.profiling_use_pytorch_profiler and s.profiling_use_nsys_profiler,
-        "There is one profiler at a time.",
-        "Keep one.",
-    ),
-    error(
-        "MB-CFG-profile_steps",
-        "validate:1441",
-        "profiling_profile_step_end",
-        _profiled_steps,
-        "Profiling ends after it starts, from step 0 on.",
-        "Give 0 <= start <= end.",
-    ),
-    derive("validate:1460", _eval_defaults),
-    error(
-        "MB-CFG-eval_cp_world",
-        "validate:1467",
-        "dist_eval_context_parallel_size",
-        _eval_world,
-        "For evaluation the world size must be a multiple of tp*pp*eval_cp = {unit}.",
-        "Use {nearest} GPUs, or another {write[dist_eval_context_parallel_size]}.",
-        final=True,
-    ),
-    error(
-        "MB-CFG-eval_gbs",
-        "validate:1474",
-        "eval_global_batch_size",
-        _eval_batch,
-        "The evaluation batch, by default the global batch, must be a multiple of mbs*dp = "
-        "{eval_micro_batch_size}*{eval_dp} = {unit}; {eval_global_batch_size} is not.",
-        "Use {nearest}.",
     ),
     error(
         "MB-CFG-mxfp8_reuse",
@@ -498,80 +250,12 @@ RULES = (
         "Use {write[rerun_state_machine_check_for_nan_in_loss=false]}.",
     ),
     error(
-        "MB-CFG-ckpt_dtensor",
-        "validate:1531",
-        "ckpt_format",
-        lambda s: (
-            _checkpoints(s)
-            and s.ckpt_format == "fsdp_dtensor"
-            and (not s.use_megatron_fsdp or s.use_torch_fsdp2)
-        ),
-        "The fsdp_dtensor format goes with Megatron-FSDP.",
-        "Use {write[ckpt_format=torch_dist]}.",
-    ),
-    error(
-        "MB-CFG-async_fmt",
-        "validate:1537",
-        "ckpt_format",
-        lambda s: s.async_save and s.ckpt_format not in ("torch_dist", "fsdp_dtensor"),
-        "Asynchronous saving writes torch_dist or fsdp_dtensor, not {ckpt_format}.",
-        "Use {write[ckpt_format=torch_dist]}.",
-    ),
-    error(
         "MB-CFG-decentral_gloo",
         "validate:1552",
         "use_gloo_process_groups",
         lambda s: s.dist_use_decentralized_pg and s.use_gloo_process_groups,
         "Decentralised process groups are NCCL only.",
         "Use {write[use_gloo_process_groups=false]}.",
-    ),
-    error(
-        "MB-CFG-gloo_distopt",
-        "validate:1563",
-        "ckpt_format",
-        lambda s: (
-            not s.use_gloo_process_groups
-            and s.optimizer_use_distributed_optimizer
-            and s.ckpt_format not in ("torch_dist", "fsdp_dtensor")
-        ),
-        "Without Gloo groups the distributed optimizer is saved as torch_dist or fsdp_dtensor, "
-        "not {ckpt_format}.",
-        "Use {write[ckpt_format=torch_dist]}.",
-    ),
-    error(
-        "MB-CFG-samples_sched",
-        "validate:1570.1",
-        "scheduler_lr_decay_iters",
-        lambda s: (
-            _by_samples(s)
-            and (s.scheduler_lr_decay_iters is not None or s.scheduler_lr_warmup_iters != 0)
-        ),
-        "Training by samples is scheduled by samples.",
-        "Use {write[scheduler_lr_decay_samples]}.",
-    ),
-    error(
-        "MB-CFG-iters_sched",
-        "validate:1570.2",
-        "scheduler_lr_decay_samples",
-        lambda s: (
-            not _by_samples(s)
-            and (s.scheduler_lr_decay_samples is not None or s.scheduler_lr_warmup_samples != 0)
-        ),
-        "Training by iterations is scheduled by iterations.",
-        "Use {write[scheduler_lr_decay_iters]}.",
-    ),
-    error(
-        "MB-CFG-max_steps",
-        "validate:1570.3",
-        "scheduler_max_steps",
-        lambda s: (
-            s.scheduler_max_steps is not None
-            and s.train_iters is not None
-            and 0 < s.scheduler_max_steps < s.train_iters
-        ),
-        "The schedule has at least as many steps as the training: {scheduler_max_steps} < "
-        "{train_iters}.",
-        "Use {train_iters} or more.",
     ),
     error(
         "MB-CFG-seq_2cp",
@@ -585,22 +269,6 @@ RULES = (
         "Context parallelism cuts a sequence into 2*cp = {unit} pieces of equal length; "
         "{seq_length} is no multiple.",
         "Use {nearest}, in {write[seq_length]} and {write[dataset_seq_length]}.",
-    ),
-    error(
-        "MB-CFG-sft_cp_token",
-        "validate:1591",
-        "calculate_per_token_loss",
-        lambda s: _sft(s) and s.cp > 1 and not s.calculate_per_token_loss,
-        "Fine-tuning with context parallelism (cp = {cp}) needs the loss per token.",
-        "Use {write[calculate_per_token_loss=true]}.",
-    ),
-    error(
-        "MB-CFG-sft_cp_avg",
-        "validate:1594",
-        "ddp_average_in_collective",
-        lambda s: _sft(s) and s.cp > 1 and s.ddp_average_in_collective,
-        "Fine-tuning with context parallelism (cp = {cp}) excludes averaging in the collective.",
-        "Use {write[ddp_average_in_collective=false]}.",
     ),
     error(
         "MB-CFG-cp_list",
@@ -631,30 +299,6 @@ RULES = (
         "The level sizes {hierarchical_context_parallel_sizes} multiply to {product}, not to "
         "cp = {cp}.",
         "Give sizes whose product is {cp}.",
-    ),
-    error(
-        "MB-CFG-pack_mbs1",
-        "validate:1606",
-        "micro_batch_size",
-        lambda s: _packed(s) and s.micro_batch_size > 1,
-        "A packed sequence is a batch of its own: the micro batch is 1, not {micro_batch_size}.",
-        "Use {write[micro_batch_size=1]} and a packed length {micro_batch_size} times as long.",
-    ),
-    error(
-        "MB-CFG-pack_mbs2",
-        "validate:1620",
-        "micro_batch_size",
-        lambda s: s.dataset_enable_in_batch_packing and s.micro_batch_size == 1,
-        "Packing in the batch needs a micro batch of 2 or more.",
-        "Use {write[micro_batch_size=2]}.",
-    ),
-    error(
-        "MB-CFG-seq_match",
-        "validate:1644",
-        "seq_length",
-        lambda s: s.dataset_seq_length is not None and s.seq_length != s.dataset_seq_length,
-        "The model's sequence, {seq_length}, and the data's, {dataset_seq_length}, are equal.",
-        "Set {write[seq_length]} and {write[dataset_seq_length]} alike.",
     ),
     change(
         "MB-FLEX-none",
@@ -742,5 +386,18 @@ RULES = (
         "The {each} layers of a rank must be a multiple of vpp = "
         "{virtual_pipeline_model_parallel_size}.",
         "Choose vpp among the divisors of {each}.",
+    ),
+    change(
+        "MB-TC-hybridep_pad",
+        "transformer_config:130",
+        "moe_hybridep_pad_uneven_dispatch_inputs",
+        lambda s: (
+            s.moe_flex_dispatcher_backend == "hybridep"
+            and s.moe_token_dispatcher_type == "flex"
+            and s.cuda_graph_impl == "none"
+            and {"moe_hybridep_pad_uneven_dispatch_inputs": True}
+        ),
+        "Without CUDA graphs HybridEP pads inputs of unequal lengths.",
+        severity="note",
     ),
 )

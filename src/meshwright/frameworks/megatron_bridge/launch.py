@@ -8,7 +8,14 @@ from functools import cache
 from typing import Any
 
 from meshwright.findings import Finding
-from meshwright.frameworks.megatron_bridge import config, mixed_precision, overlap, sharding
+from meshwright.frameworks.megatron_bridge import (
+    config,
+    data,
+    mixed_precision,
+    overlap,
+    sharding,
+    training,
+)
 from meshwright.frameworks.megatron_bridge.settings import (
     Overrides,
     UnusableOverride,
@@ -23,8 +30,8 @@ from meshwright.frameworks.megatron_lm.rules import (
     Settings,
     examine,
     in_order,
-    site_of,
 )
+from meshwright.frameworks.site import site_of
 
 STAGES = (
     "mixed_precision",
@@ -52,7 +59,7 @@ STAGES = (
 
 _AFTER_START = ("layer_spec", "sp_shape", "moe_dispatcher", "moe_forward", "module_build")
 
-TOPICS = (mixed_precision, overlap, sharding, config)
+TOPICS = (mixed_precision, overlap, sharding, config, data, training)
 
 _CORE_BASE: dict[str, Any] = {
     "group_query_attention": True,
@@ -86,7 +93,7 @@ def _base() -> dict[str, Any]:
 def resolve(argv: Sequence[str], gpus: int, env: Mapping[str, object] | None = None) -> Resolved:
     """Return what Megatron-Bridge makes of the overrides ``argv`` on ``gpus`` ranks.
 
-    ``env`` holds environment variables and what is known of the machine (``rules.site_of``).
+    ``env`` holds environment variables and what is known of the machine (``site_of``).
     Whatever is wrong with ``argv`` is a finding.
     """
     site = site_of(env)

@@ -79,7 +79,30 @@ def read(
     if recipe:
         reading.settings["model"] = Setting(value=_model_name(recipe), origin=f"recipe {recipe}")
     _task(recipe, {p: o for p, o in known}, reading)
+    if reading.settings.get("task", _PRETRAIN).value == "lora" and not _states(chosen, known):
+        reading.findings.append(_NO_WEIGHTS)
     return reading
+
+
+def _states(chosen: Started | None, known: Sequence[tuple[str, Override]]) -> bool:
+    """Say whether the weights to adapt are stated, be it by a variable that is not known here."""
+    words = [w.text for w in chosen.args] if chosen is not None else []
+    given = [path for path, _ in known] + [word.partition("=")[0] for word in words]
+    return _WEIGHTS in given
+
+
+_WEIGHTS: Final = "checkpoint.pretrained_checkpoint"
+_PRETRAIN: Final = Setting(value="pretrain", origin="")
+_NO_WEIGHTS: Final = Finding(
+    id="MB-CFG-peft_ckpt",
+    severity="warning",
+    field=_WEIGHTS,
+    value=None,
+    rule="Adapters need the weights that they adapt; unless the recipe names them, Bridge stops.",
+    remedy=f"Set {_WEIGHTS}.",
+    message=f"{_WEIGHTS}: Adapters need the weights that they adapt; unless the recipe names them,"
+    f" Bridge stops. Set {_WEIGHTS}.",
+)
 
 
 _UNDOTTED: Final = frozenset({"dataset_kind", "mixed_precision"})

@@ -37,8 +37,8 @@ from meshwright.frameworks.megatron_lm.rules import (
     Settings,
     examine,
     in_order,
-    site_of,
 )
+from meshwright.frameworks.site import site_of
 
 TOPICS = (
     parallel,
@@ -145,7 +145,7 @@ _FLAG_OF = {"virtual_pipeline_model_parallel_size": "num_virtual_stages_per_pipe
 def resolve(argv: Sequence[str], gpus: int, env: Mapping[str, object] | None = None) -> Resolved:
     """Return what Megatron-LM makes of the flags ``argv`` on ``gpus`` ranks.
 
-    ``env`` holds environment variables and what is known of the machine (``rules.site_of``).
+    ``env`` holds environment variables and what is known of the machine (``site_of``).
     Whatever is wrong with ``argv`` is a finding.
     """
     site = site_of(env)

@@ -439,6 +439,20 @@ RULES = (
         "Use {write[outer_dp_sharding_strategy=no_shard]}.",
     ),
     warning(
+        "MLM-FSDP-graph_impl",
+        "fsdp_wrap:182",
+        "cuda_graph_impl",
+        lambda s: (
+            s.use_megatron_fsdp
+            and s.fp8_param_gather
+            and s.fp8_recipe == "mxfp8"
+            and s.cuda_graph_impl not in ("none", "full_iteration")
+        ),
+        "Megatron-FSDP gathers mxfp8 parameters module by module, which excludes graphs of layers "
+        "({cuda_graph_impl}) when it wraps the model.",
+        "Use {write[cuda_graph_impl=none]} or {write[cuda_graph_impl=full_iteration]}.",
+    ),
+    warning(
         "MLM-FSDP-v2_gaf",
         "fsdp_wrap:673",
         "gradient_accumulation_fusion",

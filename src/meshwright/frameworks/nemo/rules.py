@@ -4,27 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from meshwright.frameworks.by_path import Facts, Rule, near_multiples
+from meshwright.frameworks.by_path import Facts, Rule, expert_world, world
 
 _S: Final = "trainer.strategy"
-
-
-def _world(f: Facts) -> object:
-    if f.gpus is None or f.gpus % f.model_parallel == 0:
-        return None
-    near = near_multiples(f.gpus, f.model_parallel)
-    return {"gpus": f.gpus, "unit": f.model_parallel, "near": near}
-
-
-def _experts(f: Facts) -> object:
-    unit = (
-        f.degree("expert_tensor_parallel_size")
-        * f.degree("expert_model_parallel_size")
-        * f.degree("pipeline_model_parallel_size")
-    )
-    if f.gpus is None or f.gpus % unit == 0:
-        return None
-    return {"gpus": f.gpus, "unit": unit, "near": near_multiples(f.gpus, unit)}
 
 
 def _fewer_than_stages(f: Facts) -> object:
@@ -118,14 +100,14 @@ RULES: Final = (
     Rule(
         id="NEMO-world",
         field=f"{_S}.tensor_model_parallel_size",
-        broken=_world,
+        broken=world,
         rule="{gpus} GPUs are no multiple of tp*pp*cp = {unit}.",
         remedy="Use {near} GPUs, or other degrees.",
     ),
     Rule(
         id="NEMO-expert",
         field=f"{_S}.expert_model_parallel_size",
-        broken=_experts,
+        broken=expert_world,
         rule="{gpus} GPUs are no multiple of etp*ep*pp = {unit}.",
         remedy="Use {near} GPUs, or a smaller expert_model_parallel_size.",
     ),

@@ -13,23 +13,17 @@ from meshwright.frameworks.by_path import Facts, by_path, judge, take
 from meshwright.frameworks.launch import Reading, Setting
 from meshwright.frameworks.launchers import Started
 from meshwright.frameworks.overrides import Override
-from meshwright.frameworks.skyrl.rules import RL_RULES, SFT_RULES
+from meshwright.frameworks.ray_workers import (
+    expert_tensor_default,
+    made_of,
+    read_adapters,
+    read_world,
+)
+from meshwright.frameworks.skyrl.rl_rules import RL_RULES
+from meshwright.frameworks.skyrl.rules import DIRECT, RL, SFT
+from meshwright.frameworks.skyrl.sft_rules import SFT_RULES
 
 TITLE: Final = "SkyRL"
-RL: Final = "trainer.policy.megatron_config"
-SFT: Final = "megatron_config"
-
-DIRECT: Final = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "moe_token_dispatcher_type",
-    "moe_grouped_gemm",
-    "mtp_num_layers",
-)
-"""Fields of ``megatron_config`` itself."""
 DDP: Final = ("overlap_grad_reduce", "overlap_param_gather")
 KWARGS: Final = (
     *("sequence_parallel", "cp_comm_type", "recompute_granularity", "recompute_method"),
@@ -122,8 +116,7 @@ def read(
         if sft
         else ("trainer.placement.policy_num_nodes", "trainer.placement.policy_num_gpus_per_node")
     )
-    _world(reading, facts, nodes, per_node)
-    facts.gpus = reading.gpus
+    read_world(reading, facts, nodes, per_node, TITLE)
     strategy = "strategy" if sft else "trainer.strategy"
     if facts[strategy] == "megatron" or any(p.startswith(f"{root}.") for p in known):
         _megatron(reading, known, root, sft)
@@ -142,14 +135,6 @@ def _setting(known: Mapping[str, Override], facts: Facts, path: str, value: Any)
     return Setting(value=value, origin=f"default of {TITLE} ({path}={facts[path]})")
 
 
-def _world(reading: Reading, facts: Facts, nodes: str, per_node: str) -> None:
-    n, g = facts.whole(nodes), facts.whole(per_node)
-    if n is not None and g is not None and 0 < n <= 2**20 and 0 < g <= 2**20:
-        reading.gpus, reading.gpus_per_node = min(n * g, 2**20), g
-        if not facts.given(per_node):
-            reading.assumed.append(f"{per_node} = {g}: the default of {TITLE}")
-
-
 def _megatron(reading: Reading, known: Mapping[str, Override], root: str, sft: bool) -> None:
     take(reading, known, names(root))
     take(reading, known, kwargs(root))
@@ -166,9 +151,7 @@ def _megatron(reading: Reading, known: Mapping[str, Override], root: str, sft: b
     tp = reading.settings.get("tensor_model_parallel_size")
     split = tp is not None and isinstance(tp.value, int) and tp.value > 1
     reading.default("sequence_parallel", split, f"{TITLE} (on when TP > 1)")
-    ep = reading.settings.get("expert_model_parallel_size")
-    if ep is not None and ep.value != 1 and tp is not None:
-        reading.default("expert_tensor_parallel_size", tp.value, f"{TITLE} (TP)")
+    expert_tensor_default(reading, f"{TITLE} (TP)")
 
 
 def _nulls(reading: Reading, known: Mapping[str, Override], root: str) -> None:
@@ -183,6 +166,9 @@ def _batch(reading: Reading, known: Mapping[str, Override], facts: Facts, sft: b
     micro = ("" if sft else "trainer.") + "micro_train_batch_size_per_gpu"
     reading.settings["micro_batch_size"] = _setting(known, facts, micro, facts[micro])
     if sft:
+        if facts["use_sequence_packing"] is True:
+            packs = known["use_sequence_packing"].origin
+            reading.settings["micro_batch_size"] = Setting(value=1, origin=packs)
         reading.settings["global_batch_size"] = _setting(
             known, facts, "batch_size", facts["batch_size"]
         )
@@ -194,16 +180,15 @@ def _batch(reading: Reading, known: Mapping[str, Override], facts: Facts, sft: b
         return
     mini, samples = "trainer.policy_mini_batch_size", "generator.n_samples_per_prompt"
     if facts.whole(mini) is not None and facts.whole(samples) is not None:
-        reading.settings["global_batch_size"] = _setting(
-            known, facts, mini, (facts.whole(mini) or 0) * (facts.whole(samples) or 0)
-        )
+        batch = (facts.whole(mini) or 0) * (facts.whole(samples) or 0)
+        reading.settings["global_batch_size"] = made_of(known, (mini, samples), batch, TITLE)
     if facts["trainer.placement.colocate_all"] is not False:
         fraction = "generator.inference_engine.gpu_memory_utilization"
         take(reading, known, {"rollout_memory_fraction": fraction})
     prompt = "trainer.max_prompt_length"
     answer = "generator.sampling_params.max_generate_length"
     total = (facts.whole(prompt) or 0) + (facts.whole(answer) or 0)
-    reading.settings["seq_length"] = _setting(known, facts, prompt, total)
+    reading.settings["seq_length"] = made_of(known, (prompt, answer), total, TITLE)
     reading.settings["task"] = Setting(value="sft", origin=f"{TITLE}'s policy update")
 
 
@@ -212,7 +197,4 @@ def _model(reading: Reading, known: Mapping[str, Override], sft: bool) -> None:
     path = known.get(f"{prefix}model.path")
     if path is not None:
         reading.settings["model"] = Setting(value=path.value, origin=path.origin)
-    rank = known.get(f"{prefix}model.lora.rank")
-    if rank is not None and isinstance(rank.value, int) and rank.value > 0:
-        reading.settings["task"] = Setting(value="lora", origin=rank.origin)
-        reading.settings["lora_rank"] = Setting(value=rank.value, origin=rank.origin)
+    read_adapters(reading, known, f"{prefix}model.lora.rank")

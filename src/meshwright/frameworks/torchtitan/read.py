@@ -67,7 +67,7 @@ def read(
     ngpu = env.get("NGPU")
     if gpus is None and isinstance(ngpu, str) and ngpu.isdecimal() and len(ngpu) < 7:
         reading.gpus = int(ngpu) or None
-    facts = Facts(known, reading, DEFAULTS, gpus or reading.gpus)
+    facts = Facts(known, reading, DEFAULTS, gpus or reading.gpus, env)
     for word, path in NAMES.items():
         reading.settings[word] = _setting(known, path, facts[path])
     model = _model(reading, known, chosen, env)

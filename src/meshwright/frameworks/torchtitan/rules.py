@@ -7,27 +7,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from meshwright.describe.model import Model
-from meshwright.frameworks.by_path import Facts, Rule, near_multiples
-from meshwright.frameworks.words_model import find_model
+from meshwright.frameworks.by_path import Breach, Facts, Rule, below, near_multiples
 
 _P: Final = "parallelism"
 _TOKENS: Final = "training.num_tokens_per_microbatch_per_dp_rank"
 _STEP: Final = "training.num_tokens_per_train_step"
 _SINGLE: Final = ("1F1B", "GPipe")
 _V: Final = ("ZBVZeroBubble", "DualPipeV")
-
-
-def _model(f: Facts) -> Model | None:
-    name = f.word("model")
-    return find_model(name) if isinstance(name, str) else None
-
-
-def _below_one(path: str) -> Callable[[Facts], object]:
-    def broken(f: Facts) -> object:
-        value = f.whole(path)
-        return value is not None and value < 1
-
-    return broken
 
 
 def _dp_shard(f: Facts) -> int | None:
@@ -103,7 +89,7 @@ def _local_batch(f: Facts) -> object:
 
 def _stages(f: Facts) -> dict[str, Any] | None:
     """Return the numbers of stages, when model and split are known."""
-    pp, model = f.degree("pipeline_model_parallel_size"), _model(f)
+    pp, model = f.degree("pipeline_model_parallel_size"), f.model
     each = f.whole(f"{_P}.pipeline_parallel_layers_per_stage")
     first = f.whole(f"{_P}.pipeline_parallel_first_stage_less_layers") or 0
     last = f.whole(f"{_P}.pipeline_parallel_last_stage_less_layers") or 0
@@ -126,7 +112,7 @@ def _stages(f: Facts) -> dict[str, Any] | None:
     }
 
 
-def _stage_rule(test: Callable[[dict[str, Any]], bool]) -> Callable[[Facts], object]:
+def _stage_rule(test: Callable[[dict[str, Any]], bool]) -> Breach:
     def broken(f: Facts) -> object:
         numbers = _stages(f)
         return numbers is not None and test(numbers) and numbers
@@ -149,9 +135,9 @@ def _batch_below_stages(f: Facts) -> object:
     return {"local": local, "pp": pp, "micro": micro}
 
 
-def _head_rule(test: Callable[[Model, int], bool]) -> Callable[[Facts], object]:
+def _head_rule(test: Callable[[Model, int], bool]) -> Breach:
     def broken(f: Facts) -> object:
-        model, tp = _model(f), f.degree("tensor_model_parallel_size")
+        model, tp = f.model, f.degree("tensor_model_parallel_size")
         if model is None or not model.num_heads or not test(model, tp):
             return None
         return {"heads": model.num_heads, "kv": model.num_kv_heads, "name": model.name}
@@ -160,23 +146,70 @@ def _head_rule(test: Callable[[Model, int], bool]) -> Callable[[Facts], object]:
 
 
 def _experts(f: Facts) -> object:
-    model, ep = _model(f), f.degree("expert_model_parallel_size")
+    model, ep = f.model, f.degree("expert_model_parallel_size")
     if model is None or not model.is_moe or model.num_experts % ep == 0:
         return None
     return {"experts": model.num_experts, "near": math.gcd(model.num_experts, ep)}
 
 
 def _context(f: Facts) -> object:
-    model, length = _model(f), f.whole("training.max_context_length")
+    model, length = f.model, f.whole("training.max_context_length")
     if model is None or length is None or not model.max_seq_len or length <= model.max_seq_len:
         return None
     return {"most": model.max_seq_len}
 
 
 def _tied(f: Facts) -> object:
-    model = _model(f)
+    model = f.model
     pp = f.degree("pipeline_model_parallel_size")
     return model is not None and model.tie_word_embeddings and pp > 1
+
+
+def _counts_tokens(f: Facts) -> bool:
+    """Say whether this is a release of 2026: those count tokens, not sequences."""
+    return f.given(_TOKENS)
+
+
+def _cp_attention(f: Facts) -> object:
+    backend = f["model.attn_backend"]
+    name = str(f.word("model") or "")
+    split = f.degree("context_parallel_size") > 1
+    return split and _counts_tokens(f) and "flex" not in str(backend or name)
+
+
+def _symmetric_memory(f: Facts) -> object:
+    wanted = f[f"{_P}.enable_fsdp_symm_mem"] is True
+    return wanted and f.site.device_capability < (9, 0)
+
+
+def _taken_shard(f: Facts) -> object:
+    shard = _dp_shard(f)
+    auto = f.whole(f"{_P}.data_parallel_shard_degree") == -1
+    return auto and shard is not None and shard > 1 and {"shard": shard}
+
+
+def _default_stages(f: Facts) -> object:
+    numbers = _stages(f)
+    if numbers is None or numbers["given"]:
+        return None
+    return {**numbers, "each": numbers["stages"] // numbers["pp"]}
+
+
+def _uneven_shards(f: Facts) -> object:
+    """Return the widths that do not split evenly over the ranks that share parameters."""
+    model, shard = f.model, _dp_shard(f)
+    ranks = (shard or 0) * f.degree("context_parallel_size")
+    if model is None or ranks < 2:
+        return None
+    tp = f.degree("tensor_model_parallel_size")
+    widths = {
+        "vocabulary": model.vocab_size // tp,
+        "hidden size": model.hidden_size,
+        "query heads": model.num_heads * model.head_dim // tp,
+        "key-value heads": model.num_kv_heads * model.head_dim // tp,
+    }
+    uneven = [f"{name} {size}" for name, size in widths.items() if size % ranks]
+    return uneven and {"uneven": ", ".join(uneven), "ranks": ranks}
 
 
 def _graphs_on(f: Facts) -> bool:
@@ -190,7 +223,7 @@ RULES: Final = (
         Rule(
             id="TT-DIM-positive",
             field=f"{_P}.{name}",
-            broken=_below_one(f"{_P}.{name}"),
+            broken=below(f"{_P}.{name}"),
             rule="It is at least 1.",
             remedy="Use 1 or more.",
         )
@@ -215,7 +248,7 @@ RULES: Final = (
     Rule(
         id="TT-CFG-tokens_pos",
         field=_TOKENS,
-        broken=_below_one(_TOKENS),
+        broken=below(_TOKENS),
         rule="It is at least 1.",
         remedy="Use the context length.",
     ),
@@ -231,7 +264,7 @@ RULES: Final = (
     Rule(
         id="TT-CFG-context_pos",
         field="training.max_context_length",
-        broken=_below_one("training.max_context_length"),
+        broken=below("training.max_context_length"),
         rule="It is at least 1.",
         remedy="Use 8192.",
     ),
@@ -244,6 +277,20 @@ RULES: Final = (
         ),
         rule="The backend is partial_dtensor or spmd_types.",
         remedy="Use spmd_types.",
+    ),
+    Rule(
+        id="TT-CFG-balancer",
+        field=f"{_P}.context_parallel_load_balancer",
+        broken=lambda f: f[f"{_P}.context_parallel_load_balancer"] == "",
+        rule="It is a name, not an empty text.",
+        remedy="Use headtail, or None to switch it off.",
+    ),
+    Rule(
+        id="TT-CFG-symm",
+        field=f"{_P}.enable_fsdp_symm_mem",
+        broken=_symmetric_memory,
+        rule="Symmetric memory needs a GPU of compute capability 9.0 or newer.",
+        remedy="Leave it out.",
     ),
     Rule(
         id="TT-CFG-async_tp",
@@ -261,6 +308,13 @@ RULES: Final = (
         rule="dp_replicate*dp_shard*cp*tp*pp = {product} is not the {gpus} GPUs; CP counts, EP"
         " does not.",
         remedy="{remedy}",
+    ),
+    Rule(
+        id="TT-DIM-dp_shard_auto",
+        field=f"{_P}.data_parallel_shard_degree",
+        broken=_taken_shard,
+        rule="It takes the rest of the world: {shard}.",
+        severity="note",
     ),
     Rule(
         id="TT-DIM-ep",
@@ -293,6 +347,21 @@ RULES: Final = (
         remedy="Use 1.",
     ),
     Rule(
+        id="TT-MODEL-cp_attn",
+        field="model.attn_backend",
+        broken=lambda f: f.given("model.attn_backend") and _cp_attention(f),
+        rule="Context parallelism needs FlexAttention.",
+        remedy="Use flex.",
+    ),
+    Rule(
+        id="TT-MODEL-cp_attn",
+        field=f"{_P}.context_parallel_degree",
+        broken=lambda f: not f.given("model.attn_backend") and _cp_attention(f),
+        rule="Context parallelism needs FlexAttention, which the model's configuration chooses.",
+        remedy="Take a configuration whose attn_backend is flex.",
+        severity="warning",
+    ),
+    Rule(
         id="TT-MODEL-heads_tp",
         field=f"{_P}.tensor_parallel_degree",
         broken=_head_rule(lambda m, tp: m.num_heads % tp != 0),
@@ -323,9 +392,34 @@ RULES: Final = (
     Rule(
         id="TT-TRAIN-pp_micro",
         field=f"{_P}.num_pp_microbatches",
-        broken=_below_one(f"{_P}.num_pp_microbatches"),
+        broken=below(f"{_P}.num_pp_microbatches"),
         rule="It is at least 1.",
         remedy="Use the number of stages or more.",
+    ),
+    Rule(
+        id="TT-TRAIN-batch_inv",
+        field="debug.batch_invariant",
+        broken=lambda f: f["debug.batch_invariant"] is True,
+        rule="Batch invariance is for inference, not for pre-training.",
+        remedy="Leave it out.",
+    ),
+    Rule(
+        id="TT-TRAIN-typecheck_pp",
+        field="debug.spmd_typechecking",
+        broken=lambda f: (
+            f["debug.spmd_typechecking"] is True and f.degree("pipeline_model_parallel_size") > 1
+        ),
+        rule="Type checking excludes pipeline parallelism.",
+        remedy="Leave it out.",
+    ),
+    Rule(
+        id="TT-TRAIN-budget_ac",
+        field="activation_checkpoint.mode",
+        broken=lambda f: (
+            f["activation_checkpoint.mode"] == "memory_budget" and f["compile.enable"] is not True
+        ),
+        rule="A memory budget is kept by the compiler.",
+        remedy="Add --compile.enable, or use full.",
     ),
     Rule(
         id="TT-TRAIN-graph_pp",
@@ -432,6 +526,31 @@ RULES: Final = (
         broken=_few_micro,
         rule="{micro} microbatches are fewer than the {stages} stages: most of them idle.",
         remedy="Use {stages} or more.",
+        severity="warning",
+    ),
+    Rule(
+        id="TT-COMM-ngpu",
+        field="comm.mode",
+        broken=lambda f: (
+            f["comm.mode"] in ("fake_backend", "local_tensor") and not f.site.env.get("NGPU")
+        ),
+        rule="A dry run takes the number of GPUs from NGPU.",
+        remedy="Export NGPU.",
+    ),
+    Rule(
+        id="TT-PP-default_stages",
+        field=f"{_P}.pipeline_parallel_schedule",
+        broken=_default_stages,
+        rule="Without layers a stage, each rank gets {each}: {stages} stages.",
+        severity="note",
+    ),
+    Rule(
+        id="shards_are_uneven",
+        field=f"{_P}.data_parallel_shard_degree",
+        broken=_uneven_shards,
+        rule="{uneven} do not split evenly over {ranks} ranks; uneven shards have cost memory, and"
+        " cached state dictionaries of them have resumed with a worse loss.",
+        remedy="Use a degree that divides them, or no state dictionary cache.",
         severity="warning",
     ),
 )

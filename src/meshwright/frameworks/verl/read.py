@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -9,10 +10,17 @@ from meshwright.frameworks.by_path import Facts, by_path, judge, take
 from meshwright.frameworks.launch import Reading, Setting
 from meshwright.frameworks.launchers import Started
 from meshwright.frameworks.overrides import Override
+from meshwright.frameworks.ray_workers import (
+    expert_tensor_default,
+    made_of,
+    read_adapters,
+    read_world,
+)
 from meshwright.frameworks.verl.rules import RULES
 
 TITLE: Final = "verl"
 ACTOR: Final = "actor_rollout_ref.actor"
+ROLLOUT: Final = "actor_rollout_ref.rollout"
 _MEGATRON: Final = f"{ACTOR}.megatron"
 
 DIRECT: Final = {
@@ -104,10 +112,7 @@ def read(
     known = by_path(found)
     defaults = {**DEFAULTS, f"{ACTOR}.strategy": "megatron" if _by_name(chosen) else "fsdp"}
     facts = Facts(known, reading, defaults, None)
-    nodes, per_node = facts.whole("trainer.nnodes"), facts.whole("trainer.n_gpus_per_node")
-    if nodes is not None and per_node is not None and 0 < nodes <= 2**20 >= per_node > 0:
-        reading.gpus, reading.gpus_per_node = min(nodes * per_node, 2**20), per_node
-        facts.gpus = reading.gpus
+    read_world(reading, facts, "trainer.nnodes", "trainer.n_gpus_per_node", TITLE)
     if facts[f"{ACTOR}.strategy"] == "megatron" or any(p.startswith(_MEGATRON) for p in known):
         _megatron(reading, known, facts)
     else:
@@ -134,40 +139,25 @@ def _megatron(reading: Reading, known: Mapping[str, Override], facts: Facts) -> 
     tp = reading.settings.get("tensor_model_parallel_size")
     split = tp is not None and tp.value not in (None, 1)
     reading.default("sequence_parallel", split, f"{TITLE} (off when TP = 1)")
-    ep = reading.settings.get("expert_model_parallel_size")
-    if ep is not None and ep.value != 1 and tp is not None:
-        reading.default("expert_tensor_parallel_size", tp.value, f"{TITLE} (TP)")
+    expert_tensor_default(reading, f"{TITLE} (TP)")
 
 
 def _batch(reading: Reading, known: Mapping[str, Override], facts: Facts) -> None:
-    mini, n = (
-        facts.whole(f"{ACTOR}.ppo_mini_batch_size"),
-        facts.whole("actor_rollout_ref.rollout.n"),
-    )
-    if mini is not None and n is not None and mini * n > 0:
-        reading.settings["global_batch_size"] = _sum(
-            known, (f"{ACTOR}.ppo_mini_batch_size", "actor_rollout_ref.rollout.n"), mini * n
-        )
-    prompt, answer = facts.whole("data.max_prompt_length"), facts.whole("data.max_response_length")
-    if prompt is not None and answer is not None and prompt + answer > 0:
-        reading.settings["seq_length"] = _sum(
-            known, ("data.max_prompt_length", "data.max_response_length"), prompt + answer
-        )
+    for word, paths, both in (
+        ("global_batch_size", (f"{ACTOR}.ppo_mini_batch_size", f"{ROLLOUT}.n"), math.prod),
+        ("seq_length", ("data.max_prompt_length", "data.max_response_length"), sum),
+    ):
+        parts = [facts.whole(path) for path in paths]
+        if all(part is not None for part in parts) and both(part or 0 for part in parts) > 0:
+            value = both(part or 0 for part in parts)
+            reading.settings[word] = made_of(known, paths, value, TITLE)
     reading.settings["task"] = Setting(value="sft", origin=f"{TITLE}'s actor update")
     take(
         reading,
         known,
-        {"rollout_memory_fraction": "actor_rollout_ref.rollout.gpu_memory_utilization"},
+        {"rollout_memory_fraction": f"{ROLLOUT}.gpu_memory_utilization"},
     )
     path = known.get("actor_rollout_ref.model.path")
     if path is not None:
         reading.settings["model"] = Setting(value=path.value, origin=path.origin)
-    rank = known.get("actor_rollout_ref.model.lora_rank")
-    if rank is not None and isinstance(rank.value, int) and rank.value > 0:
-        reading.settings["task"] = Setting(value="lora", origin=rank.origin)
-        reading.settings["lora_rank"] = Setting(value=rank.value, origin=rank.origin)
-
-
-def _sum(known: Mapping[str, Override], paths: Sequence[str], value: int) -> Setting:
-    origins = [known[p].origin for p in paths if p in known]
-    return Setting(value=value, origin="; ".join(origins) or f"default of {TITLE}")
+    read_adapters(reading, known, "actor_rollout_ref.model.lora_rank")

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
-from meshwright.frameworks.by_path import Facts, Rule, near_multiples
+from meshwright.frameworks.by_path import (
+    Breach,
+    Facts,
+    Rule,
+    expert_world,
+    rollout_experts,
+    when,
+    world,
+)
 
 _ACTOR: Final = "actor_rollout_ref.actor"
 _ROLLOUT: Final = "actor_rollout_ref.rollout"
@@ -23,27 +30,8 @@ def _fixed(f: Facts) -> bool:
     return f[f"{_ACTOR}.use_dynamic_bsz"] is not True
 
 
-def _world(f: Facts) -> object:
-    unit = f.model_parallel
-    if not _megatron(f) or f.gpus is None or f.gpus % unit == 0:
-        return None
-    return {"gpus": f.gpus, "unit": unit, "near": near_multiples(f.gpus, unit)}
-
-
-def _world_checked(f: Facts) -> object:
-    return _fixed(f) and _world(f)
-
-
-def _world_unchecked(f: Facts) -> object:
-    return not _fixed(f) and _world(f)
-
-
-def _expert_world(f: Facts) -> object:
-    ep, pp = f.degree("expert_model_parallel_size"), f.degree("pipeline_model_parallel_size")
-    unit = ep * pp * f.degree("expert_tensor_parallel_size")
-    if not _megatron(f) or f.gpus is None or ep == 1 or f.gpus % unit == 0:
-        return None
-    return {"gpus": f.gpus, "unit": unit, "near": near_multiples(f.gpus, unit)}
+def _dynamic(f: Facts) -> bool:
+    return not _fixed(f)
 
 
 def _train(f: Facts) -> object:
@@ -82,7 +70,7 @@ def _mini_micro(f: Facts) -> object:
     return {"each": each, "micro": micro}
 
 
-def _both(prefix: str) -> Callable[[Facts], object]:
+def _both(prefix: str) -> Breach:
     def broken(f: Facts) -> object:
         a = f.given(f"{prefix}.log_prob_micro_batch_size")
         b = f.given(f"{prefix}.log_prob_micro_batch_size_per_gpu")
@@ -102,12 +90,23 @@ def _old_mini_micro(f: Facts) -> object:
     return _fixed(f) and mini and micro and micro > 0 and mini % micro and {"mini": mini}
 
 
-def _rollout_ep(f: Facts) -> object:
-    ep = f.whole(f"{_ROLLOUT}.expert_parallel_size") or 1
-    have = (f.whole(f"{_ROLLOUT}.tensor_model_parallel_size") or 1) * (
-        f.whole(f"{_ROLLOUT}.data_parallel_size") or 1
-    )
-    return ep > 1 and ep != have and {"have": have}
+def _chunk_groups(f: Facts) -> object:
+    """Return what is wrong when the micro batches of a mini batch do not fill their groups."""
+    each, micro = _normalized(f), f.whole(_MICRO)
+    pp = f.degree("pipeline_model_parallel_size")
+    if f.degree("virtual_pipeline_model_parallel_size") == 1 or not _fixed(f) or pp == 1:
+        return None
+    if not each or not micro or micro < 1 or each % micro:
+        return None
+    group = f.degree("microbatch_group_size_per_vp_stage")
+    unit = pp if group == 1 else group
+    return each // micro % unit and {"have": each // micro, "unit": unit}
+
+
+def _cp_of_vision(f: Facts) -> object:
+    per_token = f"{_ACTOR}.megatron.override_transformer_config.calculate_per_token_loss"
+    split = f.degree("context_parallel_size") > 1
+    return _megatron(f) and split and f.sees_images and f[per_token] is not True
 
 
 def _rollout_node(f: Facts) -> object:
@@ -120,14 +119,14 @@ RULES: Final = (
     Rule(
         id="VERL-world_div",
         field="trainer.n_gpus_per_node",
-        broken=_world_checked,
+        broken=when(_fixed, when(_megatron, world)),
         rule="{gpus} GPUs are no multiple of tp*pp*cp = {unit}.",
         remedy="Use {near} GPUs, or smaller degrees.",
     ),
     Rule(
         id="VERL-world_div",
         field="trainer.n_gpus_per_node",
-        broken=_world_unchecked,
+        broken=when(_dynamic, when(_megatron, world)),
         rule="{gpus} GPUs are no multiple of tp*pp*cp = {unit}; with dynamic batches verl does not"
         " check it, and Megatron Core stops at start.",
         remedy="Use {near} GPUs, or smaller degrees.",
@@ -135,7 +134,7 @@ RULES: Final = (
     Rule(
         id="VERL-MG-expert_world",
         field=f"{_ACTOR}.megatron.expert_model_parallel_size",
-        broken=_expert_world,
+        broken=when(_megatron, expert_world),
         rule="{gpus} GPUs are no multiple of etp*ep*pp = {unit}; Megatron Core stops at start.",
         remedy="Use {near} GPUs, a smaller ep, or expert_tensor_parallel_size=1.",
     ),
@@ -257,6 +256,14 @@ RULES: Final = (
         remedy="Use True.",
     ),
     Rule(
+        id="VERL-MG-vpp_micro",
+        field=_MINI,
+        broken=_chunk_groups,
+        rule="Interleaved stages take micro batches in groups of {unit}; a mini batch has {have} on"
+        " each rank.",
+        remedy="Make the micro batches of a mini batch a multiple of {unit}.",
+    ),
+    Rule(
         id="VERL-MG-fused",
         field="actor_rollout_ref.model.use_fused_kernels",
         broken=lambda f: _megatron(f) and f["actor_rollout_ref.model.use_fused_kernels"] is True,
@@ -273,7 +280,11 @@ RULES: Final = (
     Rule(
         id="VERL-ROLL-ep",
         field=f"{_ROLLOUT}.expert_parallel_size",
-        broken=_rollout_ep,
+        broken=rollout_experts(
+            f"{_ROLLOUT}.expert_parallel_size",
+            f"{_ROLLOUT}.tensor_model_parallel_size",
+            f"{_ROLLOUT}.data_parallel_size",
+        ),
         rule="Expert parallelism of the rollout is tp*dp = {have}.",
         remedy="Use {have}, or 1.",
     ),
@@ -305,5 +316,23 @@ RULES: Final = (
         rule="With TP = 1 sequence parallelism is turned off.",
         remedy="Leave it out.",
         severity="warning",
+    ),
+    Rule(
+        id="vision_cp_wants_loss_per_token",
+        field=f"{_ACTOR}.megatron.context_parallel_size",
+        broken=_cp_of_vision,
+        rule="With context parallelism Megatron-Bridge turns the loss per token on for models that"
+        " read images; a loss function that does not expect it makes the gradients explode.",
+        remedy="Set override_transformer_config.calculate_per_token_loss=True, with a verl whose"
+        " loss returns the number of tokens.",
+        severity="warning",
+    ),
+    Rule(
+        id="VERL-MG-disp_fixed",
+        field=f"{_ACTOR}.megatron.override_transformer_config",
+        broken=lambda f: _megatron(f) and f.degree("expert_model_parallel_size") > 1,
+        rule="The bridge takes the alltoall dispatcher, no load balancing and flash attention"
+        " unless this says otherwise.",
+        severity="note",
     ),
 )
