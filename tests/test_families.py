@@ -69,6 +69,18 @@ GPT2_NAMES: dict[str, list[Any]] = {
 OWN: dict[str, dict[str, list[Any]]] = {
     "bloom": GPT2_NAMES,
     "cohere": {"use_qk_norm": [True, False], "tie_word_embeddings": [True]},
+    "dbrx": {
+        "d_model": [96, 192],
+        "n_heads": [4, 8],
+        "n_layers": [1, 3],
+        "vocab_size": [320],
+        "attn_config": [{"kv_n_heads": n, "rope_theta": 10000.0} for n in (2, 4)],
+        "ffn_config": [
+            {"hidden_size": 96, "ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2},
+            {"hidden_size": 96, "ffn_hidden_size": 56, "moe_num_experts": 8, "moe_top_k": 1},
+        ],
+    },
+    "cwm": HEAD_DIM,
     "deepseek_v2": {**LATENT, **EXPERTS},
     "deepseek_v3": {**LATENT, **EXPERTS},
     "deepseek_v32": {**LATENT, **EXPERTS, **INDEXER, "num_key_value_heads": [4]},
@@ -114,6 +126,7 @@ OWN: dict[str, dict[str, list[Any]]] = {
         "ffn_hidden_size": [200, 300],
         "tie_word_embeddings": [True],
     },
+    "flex_olmo": {"num_experts": [4, 8], "num_experts_per_tok": [1, 2]},
     "gemma": HEAD_DIM,
     "gemma2": HEAD_DIM,
     "gemma3_text": HEAD_DIM,
@@ -138,6 +151,11 @@ OWN: dict[str, dict[str, list[Any]]] = {
     "gpt_bigcode": {**GPT2_NAMES, "multi_query": [True, False], "n_inner": [None, 100]},
     "gptj": {**GPT2_NAMES, "tie_word_embeddings": [False], "rotary_dim": [8]},
     "granitemoe": {"num_local_experts": [4, 8], "num_experts_per_tok": [1, 2]},
+    "granitemoeshared": {
+        "num_local_experts": [4, 8],
+        "num_experts_per_tok": [1, 2],
+        "shared_intermediate_size": [0, 48],
+    },
     "gpt2": {
         "n_embd": [96, 192],
         "n_head": [4, 8],
@@ -149,6 +167,7 @@ OWN: dict[str, dict[str, list[Any]]] = {
     "gpt_neox": {"use_parallel_residual": [True, False]},
     "gpt_oss": {"num_local_experts": [4, 8], "num_experts_per_tok": [2], "head_dim": [8, 16]},
     "hunyuan_v1_dense": HEAD_DIM,
+    "internlm3": {**HEAD_DIM, "attention_bias": [False], "mlp_bias": [False]},
     "ministral": HEAD_DIM,
     "llama": {"head_dim": [None, 8, 32]},
     "llama4_text": {
@@ -223,10 +242,16 @@ OWN: dict[str, dict[str, list[Any]]] = {
     },
     "qwen3_5_text": LINEAR,
     "seed_oss": {**HEAD_DIM, "attention_out_bias": [True, False]},
+    "solar_open": {
+        **EXPERTS,
+        **HEAD_DIM,
+        "n_routed_experts": [4, 8],
+        "n_shared_experts": [1, 2],
+    },
     "stablelm": {"use_qkv_bias": [True, False], "use_parallel_residual": [True, False]},
     "starcoder2": {"use_bias": [True, False]},
 }
-WITHOUT_COMMON_SHAPES = ("bloom", "gpt2", "gpt_bigcode", "gptj", "mpt")
+WITHOUT_COMMON_SHAPES = ("bloom", "dbrx", "gpt2", "gpt_bigcode", "gptj", "mpt")
 NOT_IN_TRANSFORMERS = ("kimi_k2",)
 """Published with code of its own; it reads the keys of deepseek_v3."""
 
@@ -264,7 +289,7 @@ def test_a_family_counts_the_weights_that_transformers_builds(family: str, seed:
     assert model.num_params == count_by_transformers(family, config)
 
 
-REFUSED_DEFAULTS = ("glm4_moe", "nemotron", "dots1", "hunyuan_v1_dense", "ministral")
+REFUSED_DEFAULTS = ("glm4_moe", "nemotron", "dots1", "hunyuan_v1_dense", "ministral", "dbrx")
 """transformers itself fails on its defaults, or floors a head size that does not divide."""
 
 

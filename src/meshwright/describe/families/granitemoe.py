@@ -30,6 +30,7 @@ def build(config: Config) -> Model:
             num_experts=config.size("num_local_experts", also="num_experts"),
             topk=config.size("num_experts_per_tok"),
             ffn_hidden_size=config.size("intermediate_size"),
+            shared_ffn_hidden_size=config.optional_size("shared_intermediate_size"),
         ),
     )
     return decoder(config, (layer,) * config.layers())
