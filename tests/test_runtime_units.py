@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from meshwright.errors import DocumentError, MeshwrightError
 from meshwright.parallel.layout import Pipeline, from_text, layout
 from meshwright.parallel.pipeline import build_schedule
-from meshwright.runtime.attention import attend, block_forward, merge
+from meshwright.runtime.attention import (
+    Sight,
+    attend,
+    block_backward,
+    block_forward,
+    merge,
+    visible,
+)
 from meshwright.runtime.boxes import rectangles
 from meshwright.runtime.context_parallel import positions
 from meshwright.runtime.data import (
@@ -78,8 +85,8 @@ def test_attention_over_blocks_of_keys_merges_to_the_whole() -> None:
         torch.randn(2, n, 8, 16, dtype=torch.float64, generator=generator) for n in (4, 2, 2)
     )
     whole = attend(q, k, v, 0.25)
-    out, lse = block_forward(q[:, :, 4:], k[:, :, :4], v[:, :, :4], causal=False, scale=0.25)
-    own = block_forward(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], causal=True, scale=0.25)
+    out, lse = block_forward(q[:, :, 4:], k[:, :, :4], v[:, :, :4], Sight(), 0.25)
+    own = block_forward(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], Sight(causal=True), 0.25)
     merged, _ = merge(out, lse, *own)
     torch.testing.assert_close(merged, whole[:, :, 4:])
 
@@ -90,6 +97,32 @@ def test_a_window_hides_what_lies_further_back() -> None:
     torch.testing.assert_close(
         near[:, :, 5:], attend(q[:, :, 4:], q[:, :, 4:], q[:, :, 4:], 0.5)[:, :, 1:]
     )
+
+
+@pytest.mark.parametrize("window", [3, 8, 20])
+def test_masked_blocks_give_the_gradients_of_windowed_attention(window: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, n, 12, d, dtype=torch.float64, generator=generator, requires_grad=True)
+        for n, d in ((4, 16), (2, 16), (2, 8))
+    )
+    whole = attend(q, k, v, 0.25, window)
+    grad = torch.randn(whole.shape, dtype=torch.float64, generator=generator)
+    expected = torch.autograd.grad(whole, (q, k, v), grad)
+    with torch.no_grad():
+        sight = Sight(seen=visible(12, 12, 0, window, q.device))
+        out, lse = block_forward(q, k, v, sight, 0.25)
+        torch.testing.assert_close(out, whole)
+        found = block_backward(grad, q, k, v, out, lse, sight, 0.25)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_query_that_sees_nothing_of_a_block_takes_nothing_from_it() -> None:
+    x = torch.ones(1, 1, 2, 4)
+    out, lse = block_forward(x, x, x, Sight(seen=torch.tensor([[True, False], [False] * 2])), 1.0)
+    assert out[0, 0].tolist() == [[1.0] * 4, [0.0] * 4]
+    assert lse[0, 0].tolist() == [4.0, -math.inf]
 
 
 def test_a_weight_gradient_that_waits_is_the_one_at_once() -> None:

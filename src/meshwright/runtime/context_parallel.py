@@ -3,7 +3,8 @@
 ``p2p`` passes K and V round a ring (arXiv:2310.01889) with the zigzag split that balances the
 causal triangle: of 2R equal pieces rank r holds piece r and piece 2R-1-r. ``all_gather`` gathers
 K and V. ``a2a`` exchanges tokens for heads (Ulysses, arXiv:2309.14509). ``a2a+p2p`` does ``a2a``
-inside groups of A ranks and ``p2p`` among them (USP, arXiv:2405.07719); R = CP / A.
+inside groups of A ranks and ``p2p`` among them (USP, arXiv:2405.07719); R = CP / A. A sliding
+window is cut by position: blocks outside it are not computed, those it cuts through are masked.
 """
 
 # torch annotates some functions only in part.
@@ -21,7 +22,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from meshwright.parallel.layout import CpComm
-from meshwright.runtime.attention import attend, block_backward, block_forward, expand_heads, merge
+from meshwright.runtime.attention import (
+    Sight,
+    attend,
+    block_backward,
+    block_forward,
+    expand_heads,
+    merge,
+    visible,
+)
 from meshwright.runtime.collectives import all_gather, reduce_scatter
 from meshwright.runtime.groups import Group
 
@@ -40,11 +49,15 @@ def positions(seq_len: int, inner: Group, outer: Group) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextAttention:
-    """Attention over a sequence that is spread over ``inner`` and ``outer`` ranks."""
+    """Attention over a sequence that is spread over ``inner`` and ``outer`` ranks.
+
+    ``overlap``: the ring's next K and V travel while one block is worked on.
+    """
 
     comm: CpComm
     inner: Group
     outer: Group
+    overlap: bool = True
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
         """Return this rank's tokens of causal attention over the whole sequence.
@@ -56,11 +69,8 @@ class ContextAttention:
         if self.outer.size == 1:
             out = attend(q, k, v, scale, window)
         else:
-            width = v.shape[-1]
-            if width < q.shape[-1]:
-                v = torch.nn.functional.pad(v, (0, q.shape[-1] - width))
-            function = _gathered if self.comm == CpComm.all_gather else _RingAttention.apply
-            out = function(q, k, v, scale, self.outer)[..., :width]
+            function = _GatheredAttention if self.comm == CpComm.all_gather else _RingAttention
+            out = function.apply(q, k, v, _How(scale, window, self.outer, self.overlap))
         return heads_to_tokens(out, self.inner) if self.inner.size > 1 else out
 
     def _gather_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,12 +116,22 @@ def heads_to_tokens(x: Tensor, group: Group) -> Tensor:
     return _AllToAll.apply(x, group, 2, 1)
 
 
+@dataclass(frozen=True)
+class _How:
+    """How queries attend to the sequence of a ring."""
+
+    scale: float
+    window: int
+    ring: Group
+    overlap: bool
+
+
 class _Accumulator:
     """Partial attention of the query tokens, joined block by block in at least float32."""
 
-    def __init__(self, q: Tensor) -> None:
+    def __init__(self, q: Tensor, features: int) -> None:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.out = torch.zeros(q.shape, dtype=wide, device=q.device)
+        self.out = torch.zeros((*q.shape[:3], features), dtype=wide, device=q.device)
         self.lse = torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
 
     def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
@@ -121,25 +141,59 @@ class _Accumulator:
         )
 
 
-def _blocks(mine: int, other: int, tokens: int) -> tuple[slice, slice, bool]:
-    """Return which of my query tokens see which keys of ring rank ``other``, and if causally.
+@dataclass(frozen=True)
+class _Block:
+    """Query tokens ``rows``, key tokens ``columns``, and what the former see of the latter."""
 
-    Of the two pieces that each rank holds, mine are ``mine`` and the last but ``mine``.
+    rows: slice
+    columns: slice
+    sight: Sight
+
+
+def _ring_blocks(q: Tensor, other: int, how: _How) -> list[_Block]:
+    """Return which of my query tokens see which keys of ring rank ``other``.
+
+    Of the two pieces that each rank holds, mine are ``mine`` and the last but ``mine``. Own blocks
+    start with the diagonal, so that every query sees something first.
     """
+    mine, size, tokens = how.ring.index, how.ring.size, q.shape[2]
     half = tokens // 2
-    everything = slice(0, tokens)
+    first, second, everything = slice(0, half), slice(half, tokens), slice(0, tokens)
+    if how.window:
+        pieces = ((first, mine), (second, 2 * size - 1 - mine))
+        theirs = ((first, other), (second, 2 * size - 1 - other))
+        pairs = [(a, b) for a in pieces for b in theirs]
+        pairs.sort(key=lambda pair: pair[0][1] != pair[1][1])
+        found = [
+            _windowed(rows, columns, (a - b) * half, how.window, q)
+            for (rows, a), (columns, b) in pairs
+        ]
+        return [block for block in found if block is not None]
     if other == mine:
-        return everything, everything, True
+        return [_Block(everything, everything, Sight(causal=True))]
     if other < mine:
-        return everything, slice(0, half), False
-    return slice(half, tokens), everything, False
+        return [_Block(everything, first, Sight())]
+    return [_Block(second, everything, Sight())]
+
+
+def _windowed(rows: slice, columns: slice, ahead: int, window: int, q: Tensor) -> _Block | None:
+    """Return the block of queries that start ``ahead`` tokens after the keys, if they see any."""
+    queries, keys = rows.stop - rows.start, columns.stop - columns.start
+    nearest, farthest = ahead - (keys - 1), ahead + queries - 1
+    if farthest < 0 or nearest >= window:
+        return None
+    if nearest >= 0 and farthest < window:
+        return _Block(rows, columns, Sight())
+    if ahead == 0 and farthest < window:
+        return _Block(rows, columns, Sight(causal=True))
+    return _Block(rows, columns, Sight(seen=visible(queries, keys, ahead, window, q.device)))
 
 
 class _Ring:
     """Sends a tensor to the next rank while receiving the previous one's."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, group: Group, overlap: bool = True) -> None:
+        self.group, self.overlap = group, overlap
         self.next = group.ranks[(group.index + 1) % group.size]
         self.previous = group.ranks[group.index - 1]
 
@@ -152,6 +206,9 @@ class _Ring:
                 dist.P2POp(dist.irecv, arriving, self.previous, self.group.handle),
             ]
         )
+        if not self.overlap:
+            _wait(handles)
+            handles = []
         return arriving, handles
 
 
@@ -164,143 +221,162 @@ class _RingAttention(Function):
     """Ring attention with double buffering: the next K and V travel while one is worked on."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, group: Group) -> Tensor:
-        ring, total = _Ring(group), _Accumulator(q)
-        kv = torch.stack([k, v])
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
+        group, total = how.ring, _Accumulator(q, v.shape[-1])
+        ring = _Ring(group, how.overlap)
+        kv = torch.cat([k, v], dim=-1)
         for step in range(group.size):
             other = (group.index - step) % group.size
             arriving, handles = kv, []
             if step < group.size - 1:
                 arriving, handles = ring.start(kv)
-            rows, columns, causal = _blocks(group.index, other, q.shape[2])
-            total.add(
-                rows,
-                *block_forward(
-                    q[:, :, rows],
-                    kv[0][:, :, columns],
-                    kv[1][:, :, columns],
-                    causal=causal,
-                    scale=scale,
-                ),
-            )
+            blocks = _ring_blocks(q, other, how)
+            _attend_blocks(total, q, *_halves(kv, k), blocks, how.scale)
             _wait(handles)
             kv = arriving
         out = total.out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, total.lse)
-        ctx.scale, ctx.group = scale, group
+        ctx.how = how
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        group: Group = ctx.group
-        ring, grad = _Ring(group), grad.contiguous()
-        wide = lse.dtype
-        kv = torch.stack([k, v])
-        dq = torch.zeros(q.shape, dtype=wide, device=q.device)
+        how: _How = ctx.how
+        group, ring = how.ring, _Ring(how.ring, how.overlap)
+        grad, features = grad.contiguous(), k.shape[-1]
+        kv = torch.cat([k, v], dim=-1)
+        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        own = torch.zeros(kv.shape, dtype=lse.dtype, device=q.device)
         # The gradient of K and V travels one step behind them and arrives home at the end.
-        travelling, travel_handles = torch.zeros(kv.shape, dtype=wide, device=q.device), []
+        travelling, travel_handles = torch.zeros_like(own), []
         for step in range(group.size):
             other = (group.index - step) % group.size
             arriving, handles = kv, []
             if step < group.size - 1:
                 arriving, handles = ring.start(kv)
-            rows, columns, causal = _blocks(group.index, other, q.shape[2])
-            block_dq, dk, dv = block_backward(
-                grad[:, :, rows],
-                q[:, :, rows],
-                kv[0][:, :, columns],
-                kv[1][:, :, columns],
-                out[:, :, rows],
-                lse[:, :, rows],
-                causal=causal,
-                scale=ctx.scale,
-            )
-            dq[:, :, rows] += block_dq
-            _wait(travel_handles)
-            travelling[0][:, :, columns] += dk
-            travelling[1][:, :, columns] += dv
+            here = _Gradients(dq, torch.zeros_like(own) if step else own, features)
+            blocks = _ring_blocks(q, other, how)
+            here.add(grad, q, *_halves(kv, k), out, lse, blocks, how.scale)
             _wait(handles)
             kv = arriving
-            travelling, travel_handles = ring.start(travelling)
+            if step:
+                _wait(travel_handles)
+                travelling, travel_handles = ring.start(travelling.add_(here.kv))
         _wait(travel_handles)
-        return (
-            dq.to(q.dtype),
-            travelling[0].to(k.dtype),
-            travelling[1].to(v.dtype),
-            None,
-            None,
-        )
+        own += travelling
+        dk, dv = _halves(own, k)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
-class _GatherSequence(Function):
-    """Gather ``[b, n, s, d]`` over the ring and put the zigzag pieces in order of position."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        pieces = all_gather(x.unsqueeze(0), group).chunk(2, dim=3)
-        return torch.cat([*pieces[0].unbind(0), *reversed(pieces[1].unbind(0))], dim=2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        size = ctx.group.size
-        pieces = grad.chunk(2 * size, dim=2)
-        whole = torch.stack(
-            [torch.cat([pieces[r], pieces[2 * size - 1 - r]], dim=2) for r in range(size)]
-        )
-        return reduce_scatter(whole, ctx.group).squeeze(0), None
+def _halves(kv: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return K and V, which travel side by side."""
+    return kv[..., : k.shape[-1]], kv[..., k.shape[-1] :]
 
 
-class _BlockAttention(Function):
-    """Attention of two pieces of queries to keys in order of position, as causal blocks."""
+def _attend_blocks(
+    total: _Accumulator, q: Tensor, k: Tensor, v: Tensor, blocks: list[_Block], scale: float
+) -> None:
+    for block in blocks:
+        rows, columns = block.rows, block.columns
+        found = block_forward(q[:, :, rows], k[:, :, columns], v[:, :, columns], block.sight, scale)
+        total.add(rows, *found)
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, group: Group) -> Tensor:
-        total = _Accumulator(q)
-        for rows, columns, causal in _visible(q.shape[2], group):
-            block = block_forward(
-                q[:, :, rows], k[:, :, columns], v[:, :, columns], causal=causal, scale=scale
-            )
-            total.add(rows, *block)
-        out = total.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, total.lse)
-        ctx.scale, ctx.group = scale, group
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v)]
-        for rows, columns, causal in _visible(q.shape[2], ctx.group):
-            found = block_backward(
+@dataclass(frozen=True)
+class _Gradients:
+    """Sums of gradients, in at least float32: of the queries, and of K and V side by side."""
+
+    q: Tensor
+    kv: Tensor
+    features: int
+
+    def add(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        blocks: list[_Block],
+        scale: float,
+    ) -> None:
+        """Add what some blocks contribute."""
+        for block in blocks:
+            rows, columns = block.rows, block.columns
+            dq, dk, dv = block_backward(
                 grad[:, :, rows].contiguous(),
                 q[:, :, rows],
                 k[:, :, columns],
                 v[:, :, columns],
                 out[:, :, rows],
                 lse[:, :, rows],
-                causal=causal,
-                scale=ctx.scale,
+                block.sight,
+                scale,
             )
-            for whole, part, where in zip(grads, found, (rows, columns, columns), strict=True):
-                whole[:, :, where] += part
-        dq, dk, dv = grads
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+            self.q[:, :, rows] += dq
+            self.kv[:, :, columns, : self.features] += dk
+            self.kv[:, :, columns, self.features :] += dv
 
 
-def _visible(tokens: int, group: Group) -> list[tuple[slice, slice, bool]]:
-    """Return the blocks of queries and keys: what lies before a piece, then the piece itself."""
-    half = tokens // 2
-    found: list[tuple[slice, slice, bool]] = []
+def _gather_sequence(x: Tensor, group: Group) -> Tensor:
+    """Gather ``[b, n, s, d]`` over the ring and put the zigzag pieces in order of position."""
+    pieces = all_gather(x.unsqueeze(0), group).chunk(2, dim=3)
+    return torch.cat([*pieces[0].unbind(0), *reversed(pieces[1].unbind(0))], dim=2)
+
+
+def _scatter_sequence(x: Tensor, group: Group) -> Tensor:
+    """Sum over the ring and keep the two pieces of this rank: the mirror of gathering."""
+    size = group.size
+    pieces = x.chunk(2 * size, dim=2)
+    whole = torch.stack(
+        [torch.cat([pieces[r], pieces[2 * size - 1 - r]], dim=2) for r in range(size)]
+    )
+    return reduce_scatter(whole, group).squeeze(0)
+
+
+class _GatheredAttention(Function):
+    """Attention to K and V gathered over the ring; what is kept is this rank's part of them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
+        total = _Accumulator(q, v.shape[-1])
+        kv = _gather_sequence(torch.cat([k, v], dim=-1), how.ring)
+        _attend_blocks(total, q, *_halves(kv, k), _gathered_blocks(q, how), how.scale)
+        out = total.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, total.lse)
+        ctx.how = how
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        how: _How = ctx.how
+        kv = _gather_sequence(torch.cat([k, v], dim=-1), how.ring)
+        found = _Gradients(
+            torch.zeros(q.shape, dtype=lse.dtype, device=q.device),
+            torch.zeros(kv.shape, dtype=lse.dtype, device=q.device),
+            k.shape[-1],
+        )
+        found.add(grad, q, *_halves(kv, k), out, lse, _gathered_blocks(q, how), how.scale)
+        own = _scatter_sequence(found.kv.to(k.dtype), how.ring)
+        return found.q.to(q.dtype), *_halves(own, k), None
+
+
+def _gathered_blocks(q: Tensor, how: _How) -> list[_Block]:
+    """Return the blocks of queries and keys: each of my two pieces, then what lies before it."""
+    half, group, window = q.shape[2] // 2, how.ring, how.window
+    found: list[_Block] = []
     for part, piece in enumerate((group.index, 2 * group.size - 1 - group.index)):
-        rows = slice(part * half, (part + 1) * half)
+        rows, start = slice(part * half, (part + 1) * half), piece * half
+        if window:
+            first = max(0, start - window + 1)
+            columns = slice(first, start + half)
+            seen = visible(half, half + start - first, start - first, window, q.device)
+            found.append(_Block(rows, columns, Sight(seen=seen)))
+            continue
+        found.append(_Block(rows, slice(start, start + half), Sight(causal=True)))
         if piece:
-            found.append((rows, slice(0, piece * half), False))
-        found.append((rows, slice(piece * half, (piece + 1) * half), True))
+            found.append(_Block(rows, slice(0, start), Sight()))
     return found
-
-
-def _gathered(q: Tensor, k: Tensor, v: Tensor, scale: float, group: Group) -> Tensor:
-    k, v = _GatherSequence.apply(k, group), _GatherSequence.apply(v, group)
-    return _BlockAttention.apply(q, k, v, scale, group)

@@ -74,8 +74,8 @@ class Groups:
 class _Maker:
     """Creates process groups, each distinct list of ranks once (``name`` keeps copies apart)."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, direct: bool) -> None:
+        self.rank, self.direct = rank, direct
         self.made: dict[tuple[str, tuple[int, ...]], Group] = {}
 
     def make(self, lists: Sequence[Sequence[int]], name: str = "") -> Group:
@@ -88,17 +88,20 @@ class _Maker:
                     list(ranks), use_local_synchronization=True, group_desc=name or None
                 )
             assert not isinstance(handle, int)
-            direct = handle is not None and dist.get_backend(handle) == "gloo"
+            direct = self.direct and handle is not None and dist.get_backend(handle) == "gloo"
             self.made[key] = Group(ranks, ranks.index(self.rank), handle, direct)
         return replace(self.made[key], ranks=ranks, index=ranks.index(self.rank))
 
 
-def build_groups(x: Layout[int], rank: int, *, num_kv_heads: int, tied_stages: list[int]) -> Groups:
+def build_groups(
+    x: Layout[int], rank: int, *, num_kv_heads: int, tied_stages: list[int], direct: bool = True
+) -> Groups:
     """Create the groups of ``rank`` in a running world (or none at all in a world of one).
 
-    ``tied_stages`` are the pipeline ranks that hold a copy of the token embedding.
+    ``tied_stages`` are the pipeline ranks that hold a copy of the token embedding. ``direct``
+    allows collectives over gloo to be messages between the ranks.
     """
-    maker = _Maker(rank)
+    maker = _Maker(rank, direct)
     dense, expert = dense_mesh(x), expert_mesh(x)
 
     def of(*axes: str) -> list[list[int]]:

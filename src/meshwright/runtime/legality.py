@@ -64,13 +64,6 @@ def _check_heads(shape: ModelShape, x: Layout[int]) -> None:
             f"{shape.num_heads // x.tp}.",
             f"Use cp_comm=p2p, or {nearest_divisors(shape.num_heads // x.tp, inner)[0]} ranks.",
         )
-    if shape.window and x.cp > 1 and cp_levels(x)[1] > 1:
-        raise LayoutError(
-            "layout.cp_comm",
-            x.cp_comm,
-            "A sliding window is computed on whole sequences.",
-            "Use cp_comm=a2a, or cp=1.",
-        )
 
 
 def _check_features(shape: ModelShape, x: Layout[int]) -> None:
