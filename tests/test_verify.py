@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from meshwright.errors import LaunchError, LayoutError, MeshwrightError
 from meshwright.parallel.layout import Pipeline, layout
-from meshwright.runtime.data_parallel import FlatBuffer
 from meshwright.runtime.engine import Engine, Settings
+from meshwright.runtime.flat_buffer import FlatBuffer
 from meshwright.runtime.groups import Group
 from meshwright.runtime.launch import run_ranks
 from meshwright.runtime.optimizer import OptimizerSettings

@@ -48,8 +48,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from meshwright.errors import DocumentError
 from meshwright.runtime.boxes import rectangles
-from meshwright.runtime.data_parallel import Piece
 from meshwright.runtime.engine import Engine
+from meshwright.runtime.flat_buffer import Piece
 
 STATE = "state.json"
 _COMPLETE = re.compile(r"^step-(\d+)$")

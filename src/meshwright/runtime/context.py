@@ -10,25 +10,33 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from meshwright.describe.job import Execution
 from meshwright.parallel.layout import CpComm, Layout, Recompute
 from meshwright.runtime.context_parallel import ContextAttention
 from meshwright.runtime.groups import Groups
 from meshwright.runtime.shape import ModelShape
 from meshwright.runtime.tensor_parallel import WeightGradients
 
+BUCKET_BYTES = 25 * 2**20
+"""As of PyTorch's data parallelism (Li et al., arXiv:2006.15704)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """The setting that every layer of a rank is built in.
 
-    ``later`` is there when the schedule splits the backward pass. ``aux_losses`` collects, during a
-    forward pass, what routers add to the objective.
+    Of ``execution`` the runtime reads the switches of overlap; ``bucket_bytes`` is the least size
+    of weights whose gradients are reduced together. ``later`` is there when the schedule splits the
+    backward pass. ``aux_losses`` collects, during a forward pass, what routers add to the
+    objective.
     """
 
     shape: ModelShape
     layout: Layout[int]
     groups: Groups
     dtype: torch.dtype
+    execution: Execution = field(default_factory=Execution)
+    bucket_bytes: int = BUCKET_BYTES
     later: WeightGradients | None = None
     aux_losses: list[Tensor] = field(default_factory=list[Tensor])
 

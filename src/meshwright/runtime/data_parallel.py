@@ -1,16 +1,13 @@
-"""Data parallelism with what ZeRO shards (arXiv:1910.02054), the same way for every layout.
+"""Data parallelism, the same way for every layout: the flat buffers of a rank and their traffic.
 
-Parameters that are reduced together lie end to end in one flat buffer, padded so that it divides
-over the ``shard`` group; rank r of it owns the r-th range of weights, gradients and optimizer
-state. The gradient of the global batch is a sum over microbatches and ranks (the loss is divided
-by the tokens of the global batch), so experts and dense parameters need no scaling factors.
+The gradient of the global batch is a sum over microbatches and ranks (the loss is divided by the
+tokens of the global batch), so experts and dense parameters need no scaling factors.
 
-| zero | parameters | gradients | optimizer state |
-|---|---|---|---|
-| no_shard | whole | whole, all-reduced | whole |
-| optim | whole | whole, reduce-scattered at the end | range |
-| optim_grads | whole | range: reduce-scattered after every backward pass | range |
-| optim_grads_params | gathered around each layer's use | range | range |
+With ``overlap_grad_reduce`` a buffer's gradient begins to be reduced when the last of its members
+has received its own, while backward goes on; with ``overlap_param_gather`` updated weights arrive
+during the next forward pass, and sharded ones are gathered a layer ahead of their use. Buffers
+hold about ``bucket_bytes`` then. Every rank begins the same messages in the same order.
+Ref: Li et al., arXiv:2006.15704 (buckets); Zhao et al., arXiv:2304.11277 (prefetch).
 """
 
 # torch annotates some functions only in part.
@@ -18,9 +15,8 @@ by the tokens of the global batch), so experts and dense parameters need no scal
 # pyright: reportUnknownArgumentType=false, reportIncompatibleMethodOverride=false
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,213 +24,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from meshwright.parallel.layout import Zero
-from meshwright.runtime.collectives import all_gather, all_reduce, reduce_scatter
+from meshwright.runtime.collectives import all_reduce
 from meshwright.runtime.context import Context
 from meshwright.runtime.decoder import Chunk
-from meshwright.runtime.groups import Group
-from meshwright.runtime.parameters import (
-    ShardedParameter,
-    initial_values,
-    parameters_of,
-)
-from meshwright.runtime.tensor_parallel import accumulate
-
-ALIGNMENT = 64
-"""Elements; every parameter starts at a multiple, which keeps grouped products' strides legal."""
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of gradients and optimizer state: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """The part of a parameter that this rank's optimizer owns: elements begin..end of the local
-    tensor laid flat, their master weights and their gradient."""
-
-    buffer: FlatBuffer
-    parameter: ShardedParameter
-    begin: int
-    end: int
-    master: Tensor
-    grad: Tensor
-
-
-class FlatBuffer:
-    """Parameters laid end to end: storage, gradients, and this rank's range of them."""
-
-    def __init__(
-        self, members: list[ShardedParameter], shard: Group, replicate: Group, zero: Zero
-    ) -> None:
-        self.members, self.shard, self.replicate, self.zero = members, shard, replicate, zero
-        self.box, self.dtype = members[0].box, members[0].dtype
-        self.trainable = members[0].requires_grad
-        self.starts: list[int] = []
-        end = 0
-        for member in members:
-            self.starts.append(end)
-            end += -(-member.numel() // ALIGNMENT) * ALIGNMENT
-        unit = ALIGNMENT * shard.size
-        self.numel = -(-end // unit) * unit
-        self.range_numel = self.numel // shard.size
-        self.range = slice(shard.index * self.range_numel, (shard.index + 1) * self.range_numel)
-        self.grad: Tensor | None = None
-        self.touched: set[int] = set()
-        self.users = 0
-
-    def materialise(
-        self, device: torch.device, values: Callable[[ShardedParameter], Tensor]
-    ) -> None:
-        """Give the parameters storage and values, and keep this rank's master weights."""
-        self.data = torch.zeros(self.numel, dtype=self.dtype, device=device)
-        for index, member in enumerate(self.members):
-            view = self._view(self.data, index)
-            view.copy_(values(member))
-            member.data = view
-            if member.requires_grad:
-                member.receive_gradient = partial(self.receive, index)
-                member.register_post_accumulate_grad_hook(self._take_gradient)
-        self._make_ranges()
-
-    def _make_ranges(self) -> None:
-        aliased = self.dtype == wide(self.dtype) and self.zero < Zero.optim_grads_params
-        own = self.data[self.range]
-        self.master = own if aliased else own.to(wide(self.dtype), copy=True)
-        self.aliased = aliased
-        if self.trainable:
-            self.grad_range = torch.zeros_like(self.master)
-            if self.zero < Zero.optim_grads:
-                self.grad = torch.zeros(self.numel, dtype=self.master.dtype, device=own.device)
-            if self.shard.size == 1 and self.grad is not None:
-                self.grad_range = self.grad
-        if self.zero == Zero.optim_grads_params:
-            self._free()
-
-    @torch.no_grad()
-    def fill(self, values: Callable[[ShardedParameter], Tensor]) -> None:
-        """Replace the values of every member."""
-        sharded = self.zero == Zero.optim_grads_params
-        if sharded:
-            self.data.untyped_storage().resize_(self.numel * self.data.element_size())
-        for index, member in enumerate(self.members):
-            self._view(self.data, index).copy_(values(member))
-        if not self.aliased:
-            self.master.copy_(self.data[self.range])
-        if sharded:
-            self._free()
-
-    @staticmethod
-    def _take_gradient(member: Tensor) -> None:
-        grad, member.grad = member.grad, None
-        if grad is not None:
-            accumulate(member, grad)
-
-    def receive(self, index: int, grad: Tensor) -> None:
-        """Add a member's gradient."""
-        if self.grad is None:
-            self.grad = torch.empty(self.numel, dtype=self.master.dtype, device=self.master.device)
-        view = self._view(self.grad, index)
-        if index in self.touched:
-            view.add_(grad)
-        else:
-            view.copy_(grad)
-            self.touched.add(index)
-
-    def _view(self, flat: Tensor, index: int) -> Tensor:
-        member = self.members[index]
-        start = self.starts[index]
-        return flat[start : start + member.numel()].view(member.shape)
-
-    def start_step(self) -> None:
-        """Forget the gradients of the step before."""
-        self.touched.clear()
-        if self.trainable and self.zero >= Zero.optim_grads:
-            self.grad_range.zero_()
-            self.grad = None
-
-    def after_backward(self) -> None:
-        """Reduce what a backward pass left, where gradients are kept as ranges."""
-        if self.zero >= Zero.optim_grads and self.touched and self.grad is not None:
-            self._zero_untouched(self.grad)
-            self.grad_range.add_(reduce_scatter(self.grad, self.shard))
-            self.grad = None
-            self.touched.clear()
-
-    def _zero_untouched(self, grad: Tensor) -> None:
-        """Clear what no gradient was written to, the padding included."""
-        if len(self.touched) < len(self.members):
-            for index in range(len(self.members)):
-                if index not in self.touched:
-                    self._view(grad, index).zero_()
-        ends = [*self.starts[1:], self.numel]
-        for index, member in enumerate(self.members):
-            grad[self.starts[index] + member.numel() : ends[index]].zero_()
-
-    def finish(self) -> None:
-        """Make ``grad_range`` the gradient of the global batch over this buffer's copies."""
-        if not self.trainable:
-            return
-        if self.zero >= Zero.optim_grads:
-            self.after_backward()
-        elif self.grad is not None:
-            self._zero_untouched(self.grad)
-            if self.shard.size > 1:
-                self.grad_range.copy_(reduce_scatter(self.grad, self.shard))
-        all_reduce(self.grad_range, self.replicate)
-
-    def sum_partials(self, context: Context) -> None:
-        """Add the parts that TP ranks and other holders of a tied table computed."""
-        if not self.trainable:
-            return
-        groups = context.groups
-        if self.box.partial:
-            all_reduce(self.grad_range, groups.tp if self.box.partial == "tp" else groups.kv)
-        if self.box.tied:
-            all_reduce(self.grad_range, groups.tied)
-
-    def publish(self) -> None:
-        """Bring the updated master weights to every rank that computes with them."""
-        if self.zero == Zero.optim_grads_params:
-            return
-        if not self.aliased:
-            self.data[self.range].copy_(self.master)
-        if self.shard.size > 1:
-            all_gather(self.data[self.range].clone(), self.shard, out=self.data)
-
-    def gather(self) -> None:
-        """Make sharded parameters whole; calls nest."""
-        self.users += 1
-        if self.zero != Zero.optim_grads_params or self.users > 1:
-            return
-        self.data.untyped_storage().resize_(self.numel * self.data.element_size())
-        all_gather(self.master.to(self.dtype), self.shard, out=self.data)
-
-    def release(self) -> None:
-        """Give back what ``gather`` took, once the last caller is done."""
-        self.users -= 1
-        if self.zero == Zero.optim_grads_params and self.users == 0:
-            self._free()
-
-    def _free(self) -> None:
-        self.data.untyped_storage().resize_(0)
-
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the parts of parameters that lie in this rank's range."""
-        first = self.range.start
-        for member, start in zip(self.members, self.starts, strict=True):
-            begin = max(start, first)
-            end = min(start + member.numel(), self.range.stop)
-            if begin < end:
-                here = slice(begin - first, end - first)
-                yield Piece(
-                    buffer=self,
-                    parameter=member,
-                    begin=begin - start,
-                    end=end - start,
-                    master=self.master[here],
-                    grad=self.grad_range[here] if self.trainable else self.master[here],
-                )
+from meshwright.runtime.flat_buffer import FlatBuffer, Piece
+from meshwright.runtime.parameters import ShardedParameter, initial_values, parameters_of
 
 
 class _BeforeBackward(Function):
@@ -251,6 +45,34 @@ class _BeforeBackward(Function):
         return grad, None
 
 
+class _Unit:
+    """Buffers that are used together, with their neighbours in the order of use."""
+
+    def __init__(self, buffers: list[FlatBuffer]) -> None:
+        self.buffers = buffers
+        self.before: list[FlatBuffer] = []
+        self.after: list[FlatBuffer] = []
+
+    def gather(self, ahead: list[FlatBuffer]) -> None:
+        """Make the buffers whole; if nobody had, begin with those of the next unit too."""
+        first = any(buffer.users == 0 for buffer in self.buffers)
+        for buffer in self.buffers:
+            buffer.gather()
+        if first:
+            for buffer in ahead:
+                buffer.prefetch()
+
+    def release(self) -> None:
+        """Give back what ``gather`` took."""
+        for buffer in self.buffers:
+            buffer.release()
+
+    def arrive(self) -> None:
+        """Wait for updated weights."""
+        for buffer in self.buffers:
+            buffer.arrive()
+
+
 class DataParallel:
     """The flat buffers of one rank's chunks and what a step does with them."""
 
@@ -260,34 +82,76 @@ class DataParallel:
         self.buffers: list[FlatBuffer] = []
         self.of_chunk: list[list[FlatBuffer]] = []
         self.of_parameter: dict[int, FlatBuffer] = {}
+        self.shared: set[FlatBuffer] = set()
+        self.units: dict[int, _Unit] = {}
+        self.to_reduce: deque[FlatBuffer] = deque()
+        self.in_flight: list[FlatBuffer] = []
         for chunk in chunks:
             self.of_chunk.append(self._add(chunk))
-            if self.zero == Zero.optim_grads_params:
-                chunk.unit = self.unit
+            self._connect(chunk)
 
     def _add(self, chunk: Chunk) -> list[FlatBuffer]:
-        whole = self.zero < Zero.optim_grads_params
-        units: Iterable[nn.Module] = [chunk] if whole else _units(chunk)
+        execution = self.context.execution
+        kinds: dict[tuple[object, ...], list[ShardedParameter]] = {}
         found: list[FlatBuffer] = []
-        for module in units:
-            kinds: dict[tuple[object, ...], list[ShardedParameter]] = {}
+
+        def close(kind: tuple[object, ...]) -> None:
+            members = kinds.pop(kind)
+            buffer = self._buffer(members)
+            self.of_parameter |= {id(member): buffer for member in members}
+            found.append(buffer)
+
+        sharded = self.zero == Zero.optim_grads_params
+        buckets = execution.overlap_grad_reduce or execution.overlap_param_gather
+        for module in _units(chunk):
             for member in parameters_of(module):
+                if id(member) in self.of_parameter:
+                    self.shared.add(self.of_parameter[id(member)])
+                    continue
                 box = member.box
-                if id(member) not in self.of_parameter:
-                    kind = (box.expert, box.partial, box.tied, member.requires_grad)
-                    kinds.setdefault(kind, []).append(member)
-            for members in kinds.values():
-                buffer = self._buffer(members)
-                self.of_parameter |= {id(member): buffer for member in members}
-                self.buffers.append(buffer)
-                found.append(buffer)
+                kind = (box.expert, box.partial, box.tied, member.requires_grad)
+                kinds.setdefault(kind, []).append(member)
+            for kind in [k for k in kinds if sharded or (buckets and self._is_full(kinds[k]))]:
+                close(kind)
+        for kind in list(kinds):
+            close(kind)
+        self.buffers += found
         return found
+
+    def _is_full(self, members: list[ShardedParameter]) -> bool:
+        size_bytes = sum(member.numel() * member.element_size() for member in members)
+        return size_bytes >= self.context.bucket_bytes
 
     def _buffer(self, members: list[ShardedParameter]) -> FlatBuffer:
         groups = self.context.groups
         if members[0].box.expert:
             return FlatBuffer(members, groups.expert_shard, groups.expert_replicate, self.zero)
         return FlatBuffer(members, groups.shard, groups.replicate, self.zero)
+
+    def _connect(self, chunk: Chunk) -> None:
+        """Let the chunk call its layers when their weights are there."""
+        if self.zero == Zero.optim_grads_params:
+            chunk.unit = self.sharded_unit
+        elif self.zero != Zero.no_shard and self.context.execution.overlap_param_gather:
+            chunk.unit = self.arriving_unit
+        before: _Unit | None = None
+        for module in _units(chunk):
+            if id(module) in self.units:
+                continue
+            unit = self._unit(module)
+            if before is not None and self.context.execution.overlap_param_gather:
+                before.after, unit.before = unit.buffers, before.buffers
+            before = unit
+
+    def _unit(self, module: nn.Module) -> _Unit:
+        key = id(module)
+        if key not in self.units:
+            buffers = {id(b): b for b in map(self._buffer_of, module.parameters())}
+            self.units[key] = _Unit(list(buffers.values()))
+        return self.units[key]
+
+    def _buffer_of(self, member: nn.Parameter) -> FlatBuffer:
+        return self.of_parameter[id(member)]
 
     def materialise(self, device: torch.device, seed: int, noise: float) -> None:
         """Give every parameter storage and its layout-independent initial value."""
@@ -298,60 +162,106 @@ class DataParallel:
         for buffer in self.buffers:
             buffer.materialise(device, values)
 
-    def unit(self, module: nn.Module, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Call ``function`` with the parameters of ``module`` gathered, now and in backward."""
-        buffers = list({id(b): b for b in map(self._buffer_of, module.parameters())}.values())
-
-        def gather() -> None:
-            for buffer in buffers:
-                buffer.gather()
-
-        def release() -> None:
-            for buffer in buffers:
-                buffer.release()
-
-        def release_and_reduce() -> None:
-            release()
-            for buffer in buffers:
-                buffer.after_backward()
+    def arriving_unit(
+        self, module: nn.Module, function: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
+        """Call ``function`` when the updated parameters of ``module`` have come."""
+        unit = self._unit(module)
 
         def call(*args: Any) -> Tensor:
-            gather()
+            unit.arrive()
+            return function(*args)
+
+        return call
+
+    def sharded_unit(
+        self, module: nn.Module, function: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
+        """Call ``function`` with the parameters of ``module`` gathered, now and in backward."""
+        unit = self._unit(module)
+        # A table called for one of its two uses does not tell which layer comes next.
+        after = unit.after if function is module else []
+
+        def gather_again() -> None:
+            unit.gather(unit.before)
+
+        def release_and_reduce() -> None:
+            unit.release()
+            self._reduce(unit.buffers)
+
+        def call(*args: Any) -> Tensor:
+            unit.gather(after)
             first = args[0]
             watched = isinstance(first, Tensor) and first.requires_grad
             if torch.is_grad_enabled() and watched:
                 args = (_BeforeBackward.apply(first, release_and_reduce), *args[1:])
             out = function(*args)
-            release()
+            unit.release()
             if torch.is_grad_enabled() and out.requires_grad:
-                out = _BeforeBackward.apply(out, gather)
+                out = _BeforeBackward.apply(out, gather_again)
             return out
 
         return call
 
-    def _buffer_of(self, member: nn.Parameter) -> FlatBuffer:
-        return self.of_parameter[id(member)]
+    def _reduce(self, buffers: Iterable[FlatBuffer]) -> None:
+        """Begin to reduce; where whole gradients are freed by it, the ones before first."""
+        frees = self.zero >= Zero.optim_grads
+        for buffer in buffers:
+            if buffer.trainable and (buffer.touched or not frees):
+                if frees:
+                    self._collect()
+                buffer.start_reduce()
+                self.in_flight.append(buffer)
+        if not self.context.execution.overlap_grad_reduce:
+            self._collect()
+
+    def _collect(self) -> None:
+        for buffer in self.in_flight:
+            buffer.collect()
+        self.in_flight.clear()
 
     def start_step(self) -> None:
         """Forget the gradients of the step before."""
         for buffer in self.buffers:
             buffer.start_step()
 
-    def after_backward(self, chunk: int) -> None:
-        """Tell that a backward pass through a chunk is done."""
-        for buffer in self.of_chunk[chunk]:
+    def before_backward(self, chunk: int, *, last: bool) -> None:
+        """Prepare for a backward pass through a chunk, its ``last`` of the step or not."""
+        reduces = last if self.zero < Zero.optim_grads else self.zero == Zero.optim_grads
+        if not (reduces and self.context.execution.overlap_grad_reduce):
+            return
+        own = [b for b in self.of_chunk[chunk] if b.trainable and b not in self.shared]
+        self.to_reduce = deque(reversed(own))
+        for buffer in own:
+            buffer.await_all(self._reduce_complete)
+
+    def _reduce_complete(self) -> None:
+        """Reduce complete buffers in the order that every rank keeps."""
+        while self.to_reduce and not self.to_reduce[0].awaited:
+            self._reduce([self.to_reduce.popleft()])
+
+    def after_backward(self, chunk: int, *, last: bool) -> None:
+        """Tell that a backward pass through a chunk is done, its weight gradients included."""
+        buffers = self.of_chunk[chunk][::-1]
+        for buffer in buffers:
             if buffer.users:
                 # The first unit of a model has no input whose gradient would end its backward.
                 buffer.users = 1
                 buffer.release()
-            buffer.after_backward()
+        if self.zero >= Zero.optim_grads:
+            self.to_reduce.clear()
+            self._reduce(buffers)
+        elif last and self.context.execution.overlap_grad_reduce:
+            self.to_reduce.clear()
+            self._reduce([b for b in buffers if not b.reduced and b not in self.shared])
 
     def finish(self) -> None:
         """Reduce gradients over every group that holds copies or parts."""
+        self._collect()
         for buffer in self.buffers:
             buffer.finish()
         for buffer in self.buffers:
-            buffer.sum_partials(self.context)
+            buffer.sum_partials(self.context.groups)
 
     def grad_norm(self) -> float:
         """Return the norm of the whole gradient: every element counted once over both meshes."""
@@ -378,6 +288,9 @@ class DataParallel:
         for buffer in self.buffers:
             if buffer.trainable or frozen:
                 buffer.publish()
+        if not self.context.execution.overlap_param_gather:
+            for buffer in self.buffers:
+                buffer.arrive()
 
     def pieces(self, *, frozen: bool = False) -> Iterator[Piece]:
         """Yield the parts of parameters that this rank owns, by default of trainable ones."""

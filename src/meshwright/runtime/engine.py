@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from meshwright.describe.job import Execution
 from meshwright.parallel.layout import Layout
 from meshwright.parallel.placement import Placement
 from meshwright.runtime.collectives import all_gather, all_reduce
-from meshwright.runtime.context import Context, Microbatch
+from meshwright.runtime.context import BUCKET_BYTES, Context, Microbatch
 from meshwright.runtime.context_parallel import positions
 from meshwright.runtime.data_parallel import DataParallel
 from meshwright.runtime.decoder import Chunk, ChunkPlan, Vocabulary
@@ -40,13 +41,21 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to train: ``seq_len`` in tokens, ``gbs`` in sequences. ``noise`` perturbs the start."""
+    """How to train: ``seq_len`` in tokens, ``gbs`` in sequences. ``noise`` perturbs the start.
+
+    ``direct`` False makes gloo run its own collectives, the calls that NCCL gets on GPUs.
+    ``execution`` says, in the planner's words, which communication runs beside compute; weights
+    whose gradients are reduced together hold at least ``bucket_bytes``.
+    """
 
     seq_len: int
     gbs: int
     dtype: torch.dtype = torch.float32
     seed: int = 1234
     noise: float = 0.0
+    direct: bool = True
+    execution: Execution = field(default_factory=Execution)
+    bucket_bytes: int = BUCKET_BYTES
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -64,6 +73,7 @@ class Engine:
             rank,
             num_kv_heads=shape.num_kv_heads,
             tied_stages=table_ranks(shape, placed),
+            direct=settings.direct,
         )
         splits = any(action.kind == "W" for action in self.schedule.ranks[0])
         self.context = Context(
@@ -71,6 +81,8 @@ class Engine:
             layout=x,
             groups=groups,
             dtype=settings.dtype,
+            execution=settings.execution,
+            bucket_bytes=settings.bucket_bytes,
             later=WeightGradients() if splits else None,
         )
         self.chunks = self._build_chunks(placed)

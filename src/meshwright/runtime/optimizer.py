@@ -12,7 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from meshwright.runtime.data_parallel import DataParallel, Piece
+from meshwright.runtime.data_parallel import DataParallel
+from meshwright.runtime.flat_buffer import Piece
 
 # The fused kernel itself: torch.optim.AdamW calls it too, but imports the compiler first (1.3 s).
 _fused_adamw = cast("Callable[..., None]", torch.ops.aten._fused_adamw_.default)

@@ -23,7 +23,7 @@ from meshwright.runtime import collectives
 from meshwright.runtime.context import Context, Microbatch
 from meshwright.runtime.data_parallel import DataParallel
 from meshwright.runtime.decoder import Chunk
-from meshwright.runtime.groups import Group
+from meshwright.runtime.groups import Group, Groups
 
 LOOKAHEAD = 2
 """Receives posted beyond the one that is needed, per peer."""
@@ -51,9 +51,10 @@ class Mailbox:
     """Messages between pipeline ranks, received in the order in which each peer sends them."""
 
     def __init__(
-        self, schedule: Schedule, pp: Group, up: Group, down: Group, empty: Callable[[], Tensor]
+        self, schedule: Schedule, groups: Groups, empty: Callable[[], Tensor], *, overlap: bool
     ) -> None:
-        self.pp, self.up, self.down, self.empty = pp, up, down, empty
+        pp, self.up, self.down = groups.pp, groups.up, groups.down
+        self.pp, self.empty, self.overlap = pp, empty, overlap
         self.expected: dict[int, deque[Message]] = {}
         self.sender: dict[Message, int] = {}
         for peer, actions in enumerate(schedule.ranks):
@@ -89,6 +90,8 @@ class Mailbox:
 
     def look_ahead(self) -> None:
         """Post a few receives of every peer, so that messages travel while this rank computes."""
+        if not self.overlap:
+            return
         for peer, queue in self.expected.items():
             waiting = sum(self.sender[message] == peer for message in self.posted)
             for _ in range(min(LOOKAHEAD - waiting, len(queue))):
@@ -116,6 +119,11 @@ class Pipeline:
         self.context, self.chunks, self.schedule, self.dp = context, chunks, schedule, dp
         self.rank = context.groups.pp.index
         self.last_stage = len(schedule.rank_of_stage) - 1
+        self.last_backward = {
+            action.chunk: action.microbatch
+            for action in schedule.ranks[self.rank]
+            if action.kind in "BW"
+        }
 
     def run(
         self, batches: list[Microbatch], empty: Callable[[], Tensor]
@@ -164,8 +172,9 @@ class _Step:
         self, pipeline: Pipeline, batches: list[Microbatch], empty: Callable[[], Tensor]
     ) -> None:
         self.pipeline, self.batches = pipeline, batches
-        groups = pipeline.context.groups
-        self.mail = Mailbox(pipeline.schedule, groups.pp, groups.up, groups.down, empty)
+        context = pipeline.context
+        overlap = context.execution.overlap_pp_comm
+        self.mail = Mailbox(pipeline.schedule, context.groups, empty, overlap=overlap)
         self.held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self.weight_work: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self.losses: list[Tensor] = []
@@ -182,7 +191,7 @@ class _Step:
                 with torch.no_grad():
                     for work in self.weight_work.pop((action.chunk, action.microbatch)):
                         work()
-                self.pipeline.dp.after_backward(action.chunk)
+                self.pipeline.dp.after_backward(action.chunk, last=self._is_last(action))
 
     def _forward(self, action: Action) -> None:
         pipeline = self.pipeline
@@ -213,15 +222,20 @@ class _Step:
         if action.kind == "I":
             assert later is not None
             later.deferring = True
+        elif later is None:
+            pipeline.dp.before_backward(action.chunk, last=self._is_last(action))
         if out.requires_grad:
             torch.autograd.backward(out, grad)
         if action.kind == "I" and later is not None:
             later.deferring = False
             self.weight_work[place] = later.take()
         else:
-            pipeline.dp.after_backward(action.chunk)
+            pipeline.dp.after_backward(action.chunk, last=self._is_last(action))
         if x is not None:
             self._send(action, x.grad if x.grad is not None else torch.zeros_like(x))
+
+    def _is_last(self, action: Action) -> bool:
+        return self.pipeline.last_backward[action.chunk] == action.microbatch
 
     def _send(self, action: Action, x: Tensor) -> None:
         sent = message_of(self.pipeline.schedule, self.pipeline.rank, action)

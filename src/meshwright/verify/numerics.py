@@ -18,8 +18,8 @@ from torch import Tensor
 
 from meshwright.errors import LayoutError, did_you_mean
 from meshwright.parallel.layout import Layout, Zero, from_text, layout, to_dict
-from meshwright.runtime.data_parallel import FlatBuffer
 from meshwright.runtime.engine import Engine, Settings
+from meshwright.runtime.flat_buffer import FlatBuffer
 from meshwright.runtime.launch import run_ranks
 from meshwright.runtime.legality import check_runnable
 from meshwright.runtime.optimizer import OptimizerSettings
