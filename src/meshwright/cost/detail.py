@@ -14,6 +14,7 @@ from meshwright.cost.blocks import COMPUTE, CP, EP, TP
 from meshwright.cost.compute import supported_dtype
 from meshwright.cost.factors import Factors
 from meshwright.cost.flops import model_flops_per_step
+from meshwright.cost.peak import PHASES
 from meshwright.cost.stages import stages
 from meshwright.cost.step import (
     MEMORY_TERMS,
@@ -52,7 +53,9 @@ class Estimate:
     """What one layout costs.
 
     ``time`` (s, exposed, of the slowest rank) sums to ``step_time_s``; ``memory`` (bytes, of the
-    fullest rank at its peak) sums to ``peak_bytes``. ``stages`` has one entry a pipeline rank.
+    fullest rank at its peak) sums to ``peak_bytes``. ``stages`` has one entry a pipeline
+    rank: the terms at its peak, and the peak of each phase (``forward``, ``backward``,
+    ``optimizer``).
     ``mfu_fraction`` relates model FLOP/s to the dense peak of the precision that matmuls run in.
     """
 
@@ -177,6 +180,12 @@ def _ranks(t: Table, g: Group) -> list[dict[str, Any]]:
         total = sum(terms.values())
         if rank not in fullest or total > fullest[rank]["peak_bytes"]:
             fullest[rank] = {"peak_bytes": total, **terms}
+    for phase in PHASES:
+        name = f"{phase}_peak_bytes"
+        phases = zip(g.stages.candidate_rank, memory_of_candidates(t, g, phase), strict=True)
+        for rank, columns in phases:
+            total = sum(float(v[0]) for v in columns.values())
+            fullest[rank][name] = max(fullest[rank].get(name, 0.0), total)
     placement = g.stages.placement
     layers = [0] * g.key.pp
     for stage, held in enumerate(placement.layers):

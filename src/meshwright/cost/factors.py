@@ -52,7 +52,6 @@ class Factors:
     what each doubling of the nodes adds to a step.
     Memory. ``framework_bytes``: context, libraries and communicators outside the allocator.
     ``fragmentation_fraction``: allocator blocks that are held but unused, per allocated byte.
-    ``workspace_bytes``: what libraries allocate for themselves.
     """
 
     matmul_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -94,7 +93,6 @@ class Factors:
     framework_bytes: float = 1.6e9
     communicator_bytes: float = 2.5e8
     fragmentation_fraction: float = 0.035
-    workspace_bytes: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def matmul(self, architecture: str, dtype: str) -> float:
         """Return the share of peak of a large matmul."""

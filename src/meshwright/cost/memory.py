@@ -6,17 +6,17 @@ micro-batches are held at once is the schedule's affair (``parallel.pipeline.hel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from meshwright.cost.blocks import Pricing
 from meshwright.cost.columns import Floats
-from meshwright.cost.factors import Factors, most_specific
+from meshwright.cost.factors import Factors
 from meshwright.describe.cluster import Gpu
-from meshwright.describe.job import Job
+from meshwright.describe.job import CrossEntropy, Job
 from meshwright.describe.model import Block, Op, OpKind, Saved
 from meshwright.parallel.layout import Layouts, Recompute, Zero
 
@@ -60,6 +60,18 @@ def optimizer_bytes_per_param(job: Job, x: Layouts) -> BytesPerParam:
     return _sharded(held, x, Zero.optim)
 
 
+def update_bytes_per_param(job: Job, x: Layouts) -> BytesPerParam:
+    """What the update copies: gradients in fp32 where they are summed in less.
+
+    Sharded as the optimizer. Ref: Megatron-LM, ``optimizer.optimizer``
+    (``_copy_model_grads_to_main_grads``). Left out: what moments in 8 bit are turned into.
+    """
+    precision = job.precision
+    copies = precision.grad_bytes < 4.0 and precision.master_bytes > 0.0
+    on_card = 1.0 - job.execution.optimizer_offload_fraction
+    return _sharded(4.0 * float(copies) * on_card, x, Zero.optim)
+
+
 def _sharded(whole_bytes: float, x: Layouts, from_stage: Zero) -> BytesPerParam:
     dense, expert = shards(x)
     sharded = x.zero >= from_stage
@@ -85,15 +97,15 @@ class BlockBytes:
 
     ``kept`` from forward to backward; ``whole`` what is kept without full recomputation (alive
     while a fully recomputed layer runs backward); ``logits`` the part of ``kept`` that the loss
-    keeps; ``working`` the largest gradients alive at once inside the block; ``placeholders`` what
-    stays allocated once the block has run backward.
+    keeps; ``forward`` and ``working`` what is alive beside it at the peak inside the block,
+    forward and backward.
     """
 
     kept: Floats
     whole: Floats
     logits: Floats
+    forward: Floats
     working: Floats
-    placeholders: Floats
 
 
 def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
@@ -104,7 +116,7 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
     section 4 (TP, SP and selective recomputation). Left out: padding of routed tokens.
     """
     d = len(p.slice.tp)
-    whole, logits, working, placeholders, away = (np.zeros(d) for _ in range(5))
+    whole, logits, forward, working, away = (np.zeros(d) for _ in range(5))
     for op in block.ops:
         op_bytes = np.zeros(d)
         for saved in saved_tensors(op, p):
@@ -119,14 +131,14 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
         whole += op_bytes
         if op.kind is OpKind.cross_entropy:
             logits += op_bytes
+            forward += loss_forward_bytes(op, p)
         working = np.maximum(working, working_bytes(op, p))
-        placeholders += placeholder_bytes(op, p)
     is_full = (p.slice.recompute & int(Recompute.full)) != 0
     boundary = block.hidden_inputs * hidden_size * p.slice.sp_tokens * p.job.precision.act_bytes
     recomputable = any(op.kind is OpKind.cross_entropy for op in block.ops) is False
     kept = np.where(is_full & recomputable, boundary, whole)
     # What waits on the host is back for the layer that runs, and for the next one.
-    return BlockBytes(kept, whole, logits, working + 2.0 * away, placeholders)
+    return BlockBytes(kept, whole, logits, forward, working + 2.0 * away)
 
 
 _KEPT_BY_OP = {
@@ -152,24 +164,24 @@ OFFLOADED_AS = {
 def saved_tensors(op: Op, p: Pricing) -> tuple[Saved, ...]:
     """Return what an op keeps; unfused attention and losses keep more than fused ones.
 
-    Unfused attention keeps per head and pair of tokens the softmax (2 bytes), the dropout mask (1)
-    and the dropout output (2): 5as of Korthikanti's sbh(34 + 5as/h). Latent attention is trained
-    without dropout and keeps the softmax alone. A loss that is not fused keeps the logits in fp32
-    as well. Ref: Korthikanti et al., arXiv:2205.05198, section 4.1. Left out: alignment.
+    Unfused attention keeps per head and pair of tokens the softmax (2 bytes; where it runs in fp32
+    and is not fused with the cast, 4 more), the dropout mask (1) and the dropout output (2): 5as of
+    Korthikanti's sbh(34 + 5as/h). The loss keeps its logits in 16 bit (Transformer Engine) or the
+    probabilities in fp32 in their place. Ref: Korthikanti et al., arXiv:2205.05198, section 4.1;
+    Megatron-LM, ``fusions.fused_softmax``. Left out: alignment.
     """
     if op.kind is OpKind.attention and not p.job.execution.flash_attention:
         pairs = op.num_heads * float(p.slice.seq_len)
         dropped = Recompute.core_attn | Recompute.full
-        scores = (
-            Saved(name="softmax", elements=pairs, where="tp", dropped=dropped),
-            Saved(name="dropout_mask", elements=pairs, where="tp", dtype="byte", dropped=dropped),
-            Saved(name="dropout_output", elements=pairs, where="tp", dropped=dropped),
-        )
-        kept = scores if op.qk_head_dim == op.v_head_dim else scores[:1]
-        return tuple(s for s in op.saved if s.dtype != "fp32") + kept
+        kept = [Saved(name="softmax", elements=pairs, where="tp", dropped=dropped)]
+        if p.job.execution.softmax_in_fp32 and not p.job.execution.fused_softmax:
+            kept = [replace(kept[0], name="softmax_fp32", dtype="fp32")]
+        if p.job.execution.attention_dropout:
+            mask = replace(kept[0], name="dropout_mask", dtype="byte")
+            kept += [mask, replace(kept[0], name="dropout_output", dtype="act")]
+        return tuple(s for s in op.saved if s.dtype != "fp32") + tuple(kept)
     if op.kind is OpKind.cross_entropy and p.job.execution.cross_entropy != "vendor":
-        vocab = op.saved[0].elements
-        return (*op.saved, Saved(name="logits_fp32", elements=vocab, where="tp", dtype="fp32"))
+        return (replace(op.saved[0], name="logits_fp32", dtype="fp32"),)
     return op.saved
 
 
@@ -199,11 +211,11 @@ def working_bytes(op: Op, p: Pricing) -> Floats:
     if op.kind in (OpKind.matmul, OpKind.grouped_matmul):
         k = op.in_features / (divisor if op.split == "in" else np.ones_like(divisor))
         n = op.out_features / (divisor if op.split == "out" else np.ones_like(divisor))
-        per_token = (k + n) * p.job.precision.act_bytes
         if op.vocab:
-            per_token = (
-                k * p.job.precision.act_bytes + n * _LOGIT_GRADS[p.job.execution.cross_entropy]
-            )
+            loss = LOSSES[p.job.execution.cross_entropy]
+            after = tokens * (k * p.job.precision.act_bytes + n * loss.after)
+            return np.maximum(tokens * n * loss.backward, after + _weight_grad_bytes(op, k * n, p))
+        per_token = (k + n) * p.job.precision.act_bytes
         return tokens * per_token + _weight_grad_bytes(op, k * n, p)
     if op.kind is OpKind.attention:
         dims = op.num_heads * (op.qk_head_dim + 2 * op.v_head_dim)
@@ -211,9 +223,45 @@ def working_bytes(op: Op, p: Pricing) -> Floats:
     return np.zeros_like(tokens)
 
 
-_LOGIT_GRADS = {"vendor": 2.0, "in_place": 0.0, "compiled": 4.0, "plain": 6.0}
-"""Bytes per logit beside the kept ones: Transformer Engine returns a 16-bit gradient, Megatron's
-steps turn the kept fp32 logits into it (compiled, into a copy), PyTorch's make one in each type."""
+@dataclass(frozen=True)
+class Loss:
+    """Bytes a logit that a loss holds beside what it keeps.
+
+    ``forward`` while it runs, ``backward`` while its gradient is made, ``after`` while the head
+    runs backward with that gradient and what was kept is gone.
+    """
+
+    forward: float
+    backward: float
+    after: float
+
+
+LOSSES: dict[CrossEntropy, Loss] = {
+    "vendor": Loss(forward=0.0, backward=2.0, after=0.0),
+    "in_place": Loss(forward=2.0, backward=2.0, after=-2.0),
+    "compiled": Loss(forward=6.0, backward=6.0, after=-2.0),
+    "plain": Loss(forward=6.0, backward=8.0, after=-2.0),
+}
+"""Transformer Engine keeps 16-bit logits (2) and returns a gradient. The others keep probabilities
+in fp32 (4). Megatron's steps make them of an fp32 copy in place, beside the 16-bit logits, and turn
+them into the gradient; compiled, they make a second fp32 copy. PyTorch's log-softmax makes a second
+one too, and its backward two more gradients in fp32."""
+
+
+def loss_forward_bytes(op: Op, p: Pricing) -> Floats:
+    """Return what the last step of forward holds beside what is kept, [D].
+
+    tokens * logits * ``Loss.forward``, the gradients of the logits that wait for their product
+    (``--defer-embedding-wgrad-compute``), and the mask of the data loader: mbs * s * s/cp bytes.
+    Ref: Megatron-LM, ``tensor_parallel.cross_entropy``, ``fusions.fused_cross_entropy``,
+    ``tensor_parallel.layers``; PyTorch, ``log_softmax``. Left out: the mask on the first stage.
+    """
+    execution = p.job.execution
+    tokens, logits = p.slice.op_tokens(op.where), op.out_features / p.slice.tp
+    held = LOSSES[execution.cross_entropy].forward
+    waiting = execution.deferred_head_microbatches * p.job.precision.act_bytes
+    mask = p.slice.tokens * p.slice.seq_len * float(execution.attention_mask)
+    return tokens * logits * (held + waiting) + mask
 
 
 def _weight_grad_bytes(op: Op, weights: Floats, p: Pricing) -> Floats:
@@ -222,20 +270,58 @@ def _weight_grad_bytes(op: Op, weights: Floats, p: Pricing) -> Floats:
     return 2.0 * weights
 
 
-def placeholder_bytes(op: Op, p: Pricing) -> Floats:
-    """Return the empty 16-bit gradients that Transformer Engine caches, one for each shape, [D].
+@dataclass(frozen=True)
+class Placeholders:
+    """Tensors [D, U] that stay allocated, one of each shape, and which blocks use it, [U, K]."""
 
-    With fused accumulation a weight's gradient goes straight into the sum; autograd is handed an
-    empty tensor of the weight's shape, which is kept. Ref: TransformerEngine 2.x,
-    ``module.base.get_dummy_wgrad``. Left out: that equal shapes of different layers share one.
+    bytes: Floats
+    of_block: Floats
+
+
+def placeholder_bytes(blocks: Sequence[Block], p: Pricing) -> Placeholders:
+    """Return what stays allocated once a block of a kind has run: one tensor for each shape.
+
+    With fused accumulation a weight's gradient goes straight into the sum; Transformer Engine hands
+    autograd an empty tensor of the weight's shape, 2 * in * out / divisor bytes, which it keeps for
+    all weights of that shape. Megatron's own attention multiplies into one buffer of scores,
+    2 * mbs * heads/tp * s * s/cp bytes, and its head gathers its input into one, 2 * mbs * s/cp * h
+    bytes with sequence parallelism. Ref: TransformerEngine 2.x,
+    ``module.base.get_dummy_wgrad``; Megatron-LM, ``GlobalMemoryBuffer``. Left out: that the two
+    uses of the buffer share it.
     """
     execution = p.job.execution
-    is_linear = op.kind in (OpKind.matmul, OpKind.grouped_matmul) and not op.vocab
-    if not (is_linear and execution.fused_wgrad_accumulation and execution.keeps_placeholders):
-        return np.zeros_like(p.slice.tp)
-    if op.kind is OpKind.grouped_matmul:
-        return 2.0 * op.in_features * op.out_features / p.slice.etp
-    return 2.0 * op.params / (p.slice.tp if op.holder == "tp" else np.ones_like(p.slice.tp))
+    cached = execution.fused_wgrad_accumulation and execution.keeps_placeholders
+    gathers = execution.megatron_head
+    whole_scores = not (execution.flash_attention or execution.transformer_engine)
+    sizes: dict[tuple[object, ...], Floats] = {}
+    held_by: dict[tuple[object, ...], list[float]] = {}
+    for k, block in enumerate(blocks):
+        for op in block.ops:
+            shape: tuple[object, ...] = (op.in_features, op.out_features, op.split, op.holder)
+            if op.kind in (OpKind.matmul, OpKind.grouped_matmul) and not op.vocab and cached:
+                sizes[shape] = 2.0 * op.in_features * op.out_features / _divisor(op, p)
+            elif op.kind is OpKind.attention and whole_scores:
+                shape = ("scores", op.num_heads)
+                pairs = p.slice.tokens * p.slice.seq_len * op.num_heads / p.slice.tp
+                sizes[shape] = pairs * p.job.precision.act_bytes
+            elif op.vocab and op.kind is OpKind.matmul and gathers:
+                shape = ("head input",)
+                is_gathered = (p.slice.sp > 0) & (p.slice.tp > 1)
+                sizes[shape] = is_gathered * p.slice.tokens * op.in_features * 2.0
+            else:
+                continue
+            held_by.setdefault(shape, [0.0] * len(blocks))[k] = 1.0
+    columns = [sizes[shape] for shape in held_by]
+    return Placeholders(
+        np.stack(columns, axis=1) if columns else np.zeros((len(p.slice.tp), 0)),
+        np.array(list(held_by.values())).reshape(len(columns), len(blocks)),
+    )
+
+
+def _divisor(op: Op, p: Pricing) -> Floats:
+    if op.holder == "all":
+        return np.ones_like(p.slice.tp)
+    return p.slice.etp if op.holder == "expert" else p.slice.tp
 
 
 def framework_bytes(x: Layouts, factors: Factors) -> Floats:
@@ -251,13 +337,29 @@ def framework_bytes(x: Layouts, factors: Factors) -> Floats:
     return factors.framework_bytes + factors.communicator_bytes * groups
 
 
-def workspace_bytes(gpu: Gpu, factors: Factors) -> float:
-    """Return what cuBLAS and Transformer Engine allocate for themselves, by family of cards.
+def workspace_bytes(gpu: Gpu, job: Job, x: Layouts, *, has_experts: bool) -> Floats:
+    """Return what cuBLAS and Transformer Engine allocate for themselves, [N].
 
-    Ref: NVIDIA, cuBLAS documentation, "cublasSetWorkspace" (32 MiB from Hopper on). Left out: the
-    workspaces of attention.
+    PyTorch gives cuBLAS a workspace in each thread that uses it: the one that runs forward and the
+    one that runs backward. Transformer Engine has one of its own, four more for the streams of
+    grouped products and two more where it overlaps tensor-parallel communication. From Hopper on
+    each is 32 MiB; before, PyTorch's is 8.1 MiB (32 MiB where deterministic results are asked for)
+    and Transformer Engine's 4 MiB. Ref: PyTorch, ``CUDABlas.cpp``; TransformerEngine,
+    ``module.base.get_workspace``, ``initialize_ub``. Left out: the workspaces of attention.
     """
-    return most_specific(factors.workspace_bytes, gpu.architecture, "", 3e7)
+    execution = job.execution
+    small = gpu.architecture.lower().split()[0] in _SMALL_WORKSPACES
+    pytorch = 8.125 * MIB if small and not execution.deterministic else 32.0 * MIB
+    held = np.full(len(x.tp), 2.0 * pytorch)
+    if execution.transformer_engine:
+        grouped = 4.0 * float(has_experts and execution.grouped_gemm)
+        overlapped = 2.0 * ((x.tp > 1) & execution.overlap_tp_comm)
+        held += (4.0 if small else 32.0) * MIB * (1.0 + grouped + overlapped)
+    return held
+
+
+MIB = 2.0**20
+_SMALL_WORKSPACES = ("volta", "turing", "ampere", "ada")
 
 
 Statistic = Literal["allocated", "reserved", "nvidia-smi"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,14 +32,18 @@ from meshwright.cost.data_parallel import (
 from meshwright.cost.factors import Factors, factors_of
 from meshwright.cost.memory import (
     BytesPerParam,
+    Placeholders,
     block_bytes,
     framework_bytes,
     grads_bytes_per_param,
     optimizer_bytes_per_param,
+    placeholder_bytes,
+    update_bytes_per_param,
     weights_bytes_per_param,
     workspace_bytes,
 )
 from meshwright.cost.parameters import block_params_per_rank, trained_params_per_rank
+from meshwright.cost.peak import HeldBytes, Phase, running_bytes, update_instead
 from meshwright.cost.slices import slice_keys, slices
 from meshwright.cost.stages import (
     PIPELINE_COLUMNS,
@@ -79,8 +82,9 @@ class Priced:
     kept: Floats
     whole: Floats
     logits: Floats
+    loss_forward: Floats
     working: Floats
-    placeholders: Floats
+    placeholders: Placeholders
     dense_params: Floats
     expert_params: Floats
     dense_trained: Floats
@@ -116,8 +120,9 @@ def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors
         kept=np.stack([s.kept for s in sizes], axis=1),
         whole=np.stack([s.whole for s in sizes], axis=1),
         logits=np.stack([s.logits for s in sizes], axis=1),
+        loss_forward=sizes[len(model.layer_kinds) + 1].forward,
         working=np.stack([s.working for s in sizes], axis=1),
-        placeholders=np.stack([s.placeholders for s in sizes], axis=1),
+        placeholders=placeholder_bytes(blocks, p),
         dense_params=dense,
         expert_params=expert,
         dense_trained=trained[0],
@@ -189,7 +194,8 @@ class Table:
 
     ``message_s`` are the seconds of one message between pipeline neighbours that nothing hides;
     ``weights``, ``grads``, ``optimizer`` bytes per parameter; ``framework_bytes`` what software
-    holds beside tensors; ``dp`` the data-parallel collectives.
+    holds beside tensors, ``workspace_bytes`` its workspaces; ``update`` bytes per parameter that
+    the update of the optimizer copies; ``dp`` the data-parallel collectives.
     """
 
     model: Model
@@ -203,7 +209,14 @@ class Table:
     grads: BytesPerParam
     optimizer: BytesPerParam
     framework_bytes: Floats
+    workspace_bytes: Floats
+    update: BytesPerParam
     dp: DataParallel
+
+    @property
+    def update_copies(self) -> bool:
+        """Whether the update copies anything."""
+        return bool(self.update.dense.any())
 
 
 def prepare(
@@ -241,6 +254,8 @@ def price_rows(
         grads=grads_bytes_per_param(job, x),
         optimizer=optimizer_bytes_per_param(job, x),
         framework_bytes=framework_bytes(x, factors),
+        workspace_bytes=workspace_bytes(cluster.gpu, job, x, has_experts=model.is_moe),
+        update=update_bytes_per_param(job, x),
         dp=data_parallel(cluster, job, x, factors),
     )
 
@@ -256,53 +271,63 @@ MEMORY_TERMS = (
 )
 
 
-def memory_of_candidates(t: Table, g: Group) -> Iterator[dict[str, Floats]]:
+def memory_of_candidates(
+    t: Table, g: Group, phase: Phase | None = None
+) -> Iterator[dict[str, Floats]]:
     """Yield the bytes [n] of each memory term at each peak that a rank of a group could have.
 
-    weights, grads, optimizer = parameters of the rank * bytes per parameter; activations = held
-    micro-batches * kept + recomputed layers alive; buffers = gradients alive inside the largest
-    block, messages and gathered ZeRO-3 weights. Ref: the docstrings of ``cost.memory``.
+    weights, grads, optimizer = parameters of the rank * bytes per parameter. Of a ``phase``, or of
+    the one that holds most: ``forward``, everything held and the loss at work; ``backward``, the
+    first one, everything held and what the head needs, or the layers when the head is through;
+    ``optimizer``, the state and what its update copies. activations = held micro-batches * kept +
+    recomputed layers alive; buffers = what is alive beside them, messages, workspaces and gathered
+    ZeRO-3 weights. Ref: the docstrings of ``cost.memory``.
     """
     s, p, at, rows = g.stages, t.priced, g.slices, g.rows
     dense, expert = p.dense_params[at], p.expert_params[at]
     all_trained = p.dense_trained is p.dense_params
     dense_trained = dense if all_trained else p.dense_trained[at]
     expert_trained = expert if all_trained else p.expert_trained[at]
-    kept, whole, logits, working = p.kept[at], p.whole[at], p.logits[at], p.working[at]
-    placeholders, is_full = p.placeholders[at], p.is_full[at]
-    messages = 2.0 * p.message_bytes[at] * float(g.key.pp > 1)
-    weights, grads, optimizer = (_of_rows(b, rows) for b in (t.weights, t.grads, t.optimizer))
+    per_param = (t.weights, t.grads, t.optimizer, t.update)
+    weights, grads, optimizer, update = (_of_rows(b, rows) for b in per_param)
     is_gathered = t.x.zero[rows] == Zero.optim_grads_params
     gathered = np.where(is_gathered, p.gathered_bytes[at][g.slice_of], 0.0)
-    gathered += workspace_bytes(t.cluster.gpu, t.factors)
-    framework = t.framework_bytes[rows]
-    splits = schedule_module(Pipeline(g.key.schedule)).SPLITS_BACKWARD
+    framework, workspaces = t.framework_bytes[rows], t.workspace_bytes[rows]
+    placeholders, of_block = p.placeholders.bytes[at], p.placeholders.of_block
 
     def held_by(params: Floats, candidate: int) -> Floats:
         return np.einsum("nk,k->n", params, s.held_params[candidate])[g.slice_of]
 
-    for q in range(len(s.held)):
-        activations = np.einsum("nk,k->n", kept, s.held[q])
-        activations += np.einsum("nk,k->n", whole, s.held_whole[q])
-        # The input of a layer that is run again is kept already.
-        inputs = s.alive[q] if splits else s.alive[q] > 0
-        extra = np.maximum(whole * s.alive[q] - kept * inputs, 0.0)
-        alive = np.einsum("nk->n", extra) if splits else _largest(extra)
-        activations += np.where(is_full, alive, 0.0)
-        losses = np.einsum("nk,k->n", logits, s.held[q] + s.held_whole[q])
-        buffers = _largest(working * s.present[q]) + messages
-        buffers += np.einsum("nk,k->n", placeholders, s.present[q])
+    sizes = HeldBytes(
+        kept=p.kept[at],
+        whole=p.whole[at],
+        logits=p.logits[at],
+        loss_forward=p.loss_forward[at],
+        working=p.working[at],
+        message=p.message_bytes[at],
+        is_full=p.is_full[at],
+    )
+    splits = schedule_module(Pipeline(g.key.schedule)).SPLITS_BACKWARD
+    head = p.facts.num_layer_kinds + 1
+    candidates = running_bytes(sizes, s, g.key, phase, head=head, splits=splits)
+    for q, running in enumerate(candidates):
         of_dense, of_expert = held_by(dense, q), held_by(expert, q)
         learns = of_dense if all_trained else held_by(dense_trained, q)
         learns_expert = of_expert if all_trained else held_by(expert_trained, q)
+        shapes = (np.einsum("uk,k->u", of_block, s.present[q]) > 0).astype(np.float64)
+        stays = np.einsum("nu,u->n", placeholders, shapes)[g.slice_of] + workspaces
         held = {
             "weights_bytes": of_dense * weights.dense + of_expert * weights.expert,
             "grads_bytes": learns * grads.dense + learns_expert * grads.expert,
             "optimizer_bytes": learns * optimizer.dense + learns_expert * optimizer.expert,
-            "activations_bytes": (activations - losses)[g.slice_of],
-            "logits_bytes": losses[g.slice_of],
-            "buffers_bytes": buffers[g.slice_of] + gathered,
+            "activations_bytes": running.activations[g.slice_of],
+            "logits_bytes": running.logits[g.slice_of],
+            "buffers_bytes": running.buffers[g.slice_of] + gathered,
         }
+        if phase == "optimizer" or (phase is None and t.update_copies):
+            copies = learns * update.dense + learns_expert * update.expert
+            update_instead(held, copies, always=phase == "optimizer")
+        held["buffers_bytes"] = held["buffers_bytes"] + stays
         # What the allocator holds beside live tensors counts with context and communicators.
         spare = t.factors.fragmentation_fraction * sum(held.values())
         yield {**held, "framework_bytes": framework + spare}
@@ -310,11 +335,6 @@ def memory_of_candidates(t: Table, g: Group) -> Iterator[dict[str, Floats]]:
 
 def _of_rows(per_param: BytesPerParam, rows: Index) -> BytesPerParam:
     return BytesPerParam(per_param.dense[rows], per_param.expert[rows])
-
-
-def _largest(per_kind: Floats) -> Floats:
-    """Return the largest of the few columns of [u, K]: faster than a maximum along rows."""
-    return reduce(np.maximum, per_kind.T)
 
 
 def peak_bytes(t: Table, g: Group) -> Floats:

@@ -127,6 +127,16 @@ class Execution:
     fp8_attention: bool = False
     fused_softmax: bool = True
     """Scale, mask and softmax in one kernel, where attention is not flash."""
+    softmax_in_fp32: bool = False
+    """A softmax that is not fused runs in fp32, and keeps what it returns in fp32 and 16 bit."""
+    attention_dropout: bool = True
+    """Attention that is not flash keeps a dropout mask and the scores after it."""
+    attention_mask: bool = False
+    """The data loader makes a mask of every pair of tokens, which causal attention ignores."""
+    transformer_engine: bool = True
+    """Linear layers are Transformer Engine's, which holds a workspace of its own."""
+    deterministic: bool = False
+    """cuBLAS has the workspace that ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` gives it on any card."""
     fused_kernels: bool = True
     """Norms, activations, rotary embedding and residual adds as one kernel each."""
     fused_cross_entropy: bool = True
@@ -134,6 +144,10 @@ class Execution:
     """The fused loss is Megatron's own steps compiled, not Transformer Engine's kernel."""
     in_place_cross_entropy: bool = True
     """The loss that is not fused turns fp32 logits into their gradient in place."""
+    megatron_head: bool = True
+    """The head is Megatron's own column-parallel layer, which gathers its input into a buffer."""
+    deferred_head_microbatches: int = 0
+    """Micro-batches whose gradients of the logits wait for the weight gradient of the head."""
     fused_wgrad_accumulation: bool = True
     keeps_placeholders: bool = True
     """Transformer Engine 2.x: empty gradients of fused accumulation stay allocated."""

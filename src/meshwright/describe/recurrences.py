@@ -14,7 +14,8 @@ def mamba_ops(m: Mamba, h: int) -> list[Op]:
     """Return a Mamba-2 mixer.
 
     Its fused kernel keeps what ``in_proj`` returned and its own output, and computes convolution
-    and chunk states again. FLOP of the scan as Megatron-LM counts them.
+    and chunk states again; the norm keeps a copy of the gate. FLOP of the scan as Megatron-LM
+    counts them.
     """
     inner = m.num_heads * m.head_dim
     mixed = inner + 2 * m.num_groups * m.state_size
@@ -36,7 +37,7 @@ def mamba_ops(m: Mamba, h: int) -> list[Op]:
             comm=(Comm(kind="cp_state", elements=projected),),
             trained_in_16_bit=True,
         ),
-        _gated_norm("scan_norm", inner, inner, "tp"),
+        _gated_norm("scan_norm", inner, inner, "tp", gate=inner),
         row_linear("out_proj", inner, h),
     ]
 
@@ -96,9 +97,12 @@ def _convolution(features: int, kernel: int, bias: bool, kept: int) -> Op:
     )
 
 
-def _gated_norm(name: str, features: int, params: int, holder: Holder, *, normed: int = 0) -> Op:
-    """Return the norm and the gate; ``normed`` elements between the two are kept."""
-    kept = (Saved(name="normed_output", elements=normed, where="tp"),) if normed else ()
+def _gated_norm(
+    name: str, features: int, params: int, holder: Holder, *, normed: int = 0, gate: int = 0
+) -> Op:
+    """Return the norm and the gate; ``normed`` elements between and a copy of the gate are kept."""
+    sizes = {"normed_output": normed, "gate": gate}
+    kept = tuple(Saved(name=k, elements=n, where="tp") for k, n in sizes.items() if n)
     out = Saved(name="out_proj_input", elements=features, where="tp", dtype="matmul")
     return Op(
         name=name,

@@ -164,7 +164,18 @@ def read_execution(s: Settings, framework: Framework) -> Execution:
         flash_attention=flash,
         tuned_attention=framework.tuned_attention or "te" in s.text("kernels"),
         fp8_attention=s.flag("fp8_dot_product_attention", default=False),
-        fused_softmax="unfused" not in attention,
+        fused_softmax=not s.flag("no_masked_softmax_fusion", default=False)
+        and ("unfused" not in attention or s.section("args")),
+        softmax_in_fp32=s.flag(
+            "attention_softmax_in_fp32", "apply_query_key_layer_scaling", default=False
+        ),
+        attention_dropout=_has_dropout(s),
+        attention_mask=s.section("args")
+        and not s.flag("no_create_attention_mask_in_dataloader", default=False),
+        transformer_engine=_has_transformer_engine(s, framework),
+        megatron_head=framework.name not in ("torchtitan", "composer", "automodel"),
+        deterministic=s.flag("deterministic_mode", default=False),
+        deferred_head_microbatches=_deferred(s),
         fused_kernels=_fused_kernels(s, framework),
         fused_cross_entropy=loss in ("vendor", "compiled"),
         compiled_cross_entropy=loss == "compiled",
@@ -199,6 +210,21 @@ def read_execution(s: Settings, framework: Framework) -> Execution:
     )
 
 
+def _has_dropout(s: Settings) -> bool:
+    """Return whether attention drops out: it does in Megatron-LM unless a launch says otherwise.
+
+    Launches with RMSNorm are of models that are trained without.
+    """
+    return s.text("normalization") != "rmsnorm"
+
+
+def _deferred(s: Settings) -> int:
+    """Return for how many micro-batches the head's weight gradient waits (0 limit: one)."""
+    if not s.flag("defer_embedding_wgrad_compute", default=False):
+        return 0
+    return max(s.whole("wgrad_deferral_limit"), 1)
+
+
 def _cuda_graphs(s: Settings) -> tuple[Literal["none", "partial", "full"], frozenset[str]]:
     kind = s.text("cuda_graph_impl")
     scope = frozenset(s.items("cuda_graph_scope", "cuda_graph_modules"))
@@ -212,9 +238,21 @@ def _cuda_graphs(s: Settings) -> tuple[Literal["none", "partial", "full"], froze
 
 
 def _keeps_placeholders(s: Settings, framework: Framework) -> bool:
-    """Return whether Transformer Engine is of version 2, which Megatron-Bridge always has."""
+    """Return whether Transformer Engine is of version 2, as it is with Megatron since 2025."""
     stated = re.search(r"\bte (\d+)\.", s.text("framework"))
-    return int(stated[1]) >= 2 if stated else framework.name == "megatron-bridge"
+    if stated:
+        return int(stated[1]) >= 2
+    return framework.name in ("megatron-bridge", "megatron-lm") and _has_transformer_engine(
+        s, framework
+    )
+
+
+def _has_transformer_engine(s: Settings, framework: Framework) -> bool:
+    if framework.name in ("torchtitan", "composer", "deepspeed"):
+        return False
+    if framework.name == "automodel":
+        return "te" in s.text("kernels")
+    return s.text("transformer_impl") != "local"
 
 
 def _dispatcher(s: Settings) -> Literal["alltoall", "allgather", "deepep", "hybridep"]:

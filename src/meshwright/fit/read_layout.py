@@ -29,10 +29,10 @@ Hints = dict[str, Any]
 MOST_GPUS = 2**20
 """No run uses more; a larger number is a typing error."""
 
-FEWEST_GPUS = 8
+NODE_GPUS = 8
 """A row without a number of GPUs ran on one node, ..."""
-LARGE_RUN_GPUS, LARGE_MODEL_PARAMS = 64, 10e9
-"""... or on several, where its model is large."""
+LARGE_RUN_NODES, LARGE_MODEL_PARAMS = 16, 10e9
+"""... or on several, where its model is large: Megatron-LM tests its releases on 16 or 32."""
 
 MODULES = {m.name: m for m in Recompute if 0 < m < Recompute.full}
 NEAREST_MODULE = {"mla": Recompute.mla_up_proj, "attn": Recompute.core_attn}
@@ -63,7 +63,9 @@ def read_degrees(s: Settings, framework: Framework, model: Model, seq_len: int) 
     unit = minimum_world_size(tp, cp, pp, ep, etp)
     stated = s.number("n_gpus")
     if stated is None:
-        usual = LARGE_RUN_GPUS if model.num_params > LARGE_MODEL_PARAMS else FEWEST_GPUS
+        is_large = model.num_params > LARGE_MODEL_PARAMS
+        node = s.number("gpus_per_node") or (4 if s.cell("system").startswith("GB") else NODE_GPUS)
+        usual = LARGE_RUN_NODES * node if is_large else NODE_GPUS
         num_gpus = -(-usual // unit) * unit
         s.assumed.append(f"n_gpus = {num_gpus}: not stated")
     else:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from meshwright.cost.memory import Statistic
 from meshwright.describe.cluster import Cluster, build_cluster
+from meshwright.describe.decoder import build_decoder
+from meshwright.describe.facts import Decoder
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
-from meshwright.describe.published import build_published
+from meshwright.describe.published import published_decoder
 from meshwright.errors import ModelError, did_you_mean
 from meshwright.fit.framework import framework_of
 from meshwright.fit.read_job import read_job
@@ -80,7 +82,28 @@ def read_model(s: Settings, models: Mapping[str, Any]) -> Model:
         entry["mtp_layers"] = depths
     if entry.get("mtp_layers") and depths is None and s.cell("task") in ("sft", "lora"):
         entry["mtp_layers"] = 0
-    return build_published(name, entry)
+    facts = published_decoder(name, entry)
+    return build_decoder(_megatron_defaults(facts, s) if s.section("args") else facts)
+
+
+DROPOUT = 0.1
+"""What Megatron-LM drops out of hidden states unless a launch says otherwise."""
+
+
+def _megatron_defaults(facts: Decoder, s: Settings) -> Decoder:
+    """Return a model as Megatron-LM builds it where its launch leaves its defaults in force.
+
+    Learned positions and dropout; biases unless ``disable_bias_linear``. Models with recurrent
+    layers, RMSNorm or squared ReLU are of recipes that have none of the first two.
+    """
+    if s.text("normalization") == "rmsnorm":
+        return facts
+    if not (s.text("position_embedding_type") or s.text("hybrid_layer_pattern")):
+        length = s.number("seq_len") or DEFAULT_SEQ_LEN
+        facts = replace(facts, learned_positions=length, max_seq_len=length)
+    if not s.flag("squared_relu", default=False):
+        facts = replace(facts, hidden_dropout=DROPOUT)
+    return facts
 
 
 OVERRIDES = {
@@ -96,6 +119,8 @@ OVERRIDES = {
 
 
 def _override(entry: dict[str, Any], s: Settings) -> None:
+    if s.flag("swiglu", default=False):
+        _default_ffn(entry)
     for name, key in OVERRIDES.items():
         stated = s.whole(name)
         if stated > 0 and key in entry:
@@ -108,6 +133,16 @@ def _override(entry: dict[str, Any], s: Settings) -> None:
     entry["hybrid_pattern"], entry["num_hidden_layers"] = main, len(main)
     if ahead:
         entry["mtp_hybrid_pattern"], entry["mtp_layers"] = ahead[0], len(ahead)
+
+
+def _default_ffn(entry: dict[str, Any]) -> None:
+    """Give a gated MLP of 4h the width that Megatron-LM gives it unless told: 8h/3, by 64s."""
+    hidden, wide = entry.get("hidden_size"), entry.get("intermediate_size")
+    if not isinstance(hidden, int) or wide != 4 * hidden:
+        return
+    for key in ("intermediate_size", "moe_intermediate_size"):
+        if entry.get(key) == wide:
+            entry[key] = 8 * hidden // 3 // 64 * 64
 
 
 def read_cluster(s: Settings, num_gpus: int) -> Cluster:
