@@ -6,13 +6,16 @@ Provenance: public issue threads; ``tests/data/user_cases.jsonl`` has the rule o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+import meshwright
 from launches import CONNECTION, LLAMA_70B, bridge, megatron, titan, verl
+from meshwright.cost.detail import Estimate
 from meshwright.frameworks.check import CheckResult, check
 from meshwright.frameworks.compare import compare
 
@@ -311,25 +314,155 @@ TOLD = {
         ("expert_optimizer_is_whole",),
         "note",
     ),
+    "VERL-388": Told(
+        verl(
+            "tensor_model_parallel_size=8",
+            "actor_rollout_ref.model.path=Qwen/Qwen2.5-32B trainer.nnodes=4"
+            " data.max_prompt_length=1024 data.max_response_length=1024"
+            " algorithm.adv_estimator=gae actor_rollout_ref.actor.use_kl_loss=True"
+            " actor_rollout_ref.rollout.tensor_model_parallel_size=2"
+            " actor_rollout_ref.rollout.gpu_memory_utilization=0.3"
+            " actor_rollout_ref.actor.ppo_mini_batch_size=128"
+            " actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+        ),
+        32,
+        ("colocated_roles_fit",),
+        "warning",
+        cluster="32xH800",
+    ),
+    "VERL-2935": Told(
+        verl(
+            "tensor_model_parallel_size=4 expert_model_parallel_size=32"
+            " expert_tensor_parallel_size=1 param_offload=True grad_offload=True"
+            " optimizer_offload=True",
+            f"{QWEN_30B} data.max_prompt_length=2000 data.max_response_length=30000"
+            " data.train_batch_size=256",
+        ),
+        32,
+        ("policy_logits_fit",),
+        "warning",
+        cluster="32xA100",
+    ),
+    "VERL-1629": Told(
+        verl(
+            "tensor_model_parallel_size=2",
+            "actor_rollout_ref.model.path=Qwen/Qwen2-7B data.max_prompt_length=2048"
+            " data.max_response_length=2048 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+        ),
+        8,
+        ("policy_logits_fit", "peak_is_clear_of_capacity"),
+        "warning",
+        cluster="8xH100",
+    ),
+    "VERL-6609": Told(
+        verl(
+            "context_parallel_size=2 expert_model_parallel_size=4 expert_tensor_parallel_size=1",
+            "actor_rollout_ref.model.path=Qwen/Qwen3.5-35B-A3B",
+        ),
+        8,
+        ("vision_cp_wants_loss_per_token",),
+        "warning",
+    ),
+    "TITAN-1136": Told(
+        titan(
+            "llama3_8b",
+            "--training.local_batch_size 1 --training.seq_len 8192"
+            " --parallelism.data_parallel_shard_degree 3",
+        ),
+        3,
+        ("shards_are_uneven",),
+        "warning",
+    ),
+    "MLM-5240": Told(
+        megatron("--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2"),
+        8,
+        ("overlapped_p2p_makes_groups_late",),
+        "note",
+    ),
+    "BRIDGE-DISP": Told(
+        bridge(
+            "qwen3_30b_a3b_pretrain",
+            f"{MOE_16} model.moe_token_dispatcher_type=flex"
+            " model.moe_flex_dispatcher_backend=hybridep",
+        ),
+        16,
+        ("dispatcher_is_installed",),
+        "note",
+    ),
+    "ALIGNER-444": Told(
+        megatron(
+            "--eval-micro-batch-size 64 --eval-global-batch-size 64"
+            " --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2"
+            " --use-distributed-optimizer --sequence-parallel"
+        ),
+        8,
+        ("evaluation_fits",),
+        "warning",
+        cluster="8xA800",
+        env=CONNECTION,
+    ),
+    "TITAN-1789": Told(
+        titan(
+            "deepseek_v3_16b",
+            "--training.local_batch_size 4 --training.seq_len 4096"
+            " --parallelism.expert_parallel_degree 8 --activation_checkpoint.mode selective",
+        ),
+        8,
+        ("peak_fits",),
+        cluster="8xH100",
+    ),
+    "MLM-637": Told(
+        megatron(
+            "--num-layers 48 --hidden-size 7168 --ffn-hidden-size 28672 --num-attention-heads 56"
+            " --num-query-groups 56 --micro-batch-size 2 --global-batch-size 2048"
+            " --recompute-granularity selective --use-distributed-optimizer"
+            " --tensor-model-parallel-size 4 --sequence-parallel --fp8-format hybrid"
+        ),
+        16,
+        ("peak_fits",),
+        cluster="16xH100",
+        env=CONNECTION,
+    ),
+    "MLM-6314": Told(
+        megatron(
+            "--num-layers 10 --ffn-hidden-size 11008 --num-query-groups 32 --vocab-size 32000"
+            " --use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor"
+            " --data-parallel-sharding-strategy optim_grads --no-gradient-accumulation-fusion"
+        ),
+        2,
+        ("sharded_gradients_are_whole_at_first",),
+        "note",
+        cluster="2xA100-40GB",
+    ),
+    "BRIDGE-3107": Told(
+        megatron(
+            f"{LLAMA_70B} --tensor-model-parallel-size 4 --pipeline-model-parallel-size 4"
+            " --num-virtual-stages-per-pipeline-rank 5 --sequence-parallel --grad-reduce-in-bf16"
+            " --use-distributed-optimizer --fp8-format hybrid --fp8-recipe tensorwise"
+            " --global-batch-size 32"
+        ),
+        32,
+        ("allocator_fragments",),
+        "note",
+        cluster="32xH100",
+        env=CONNECTION,
+    ),
 }
 """Cases whose answer is a finding."""
 
 ELSEWHERE = {
-    "answered by what plan, search and the accuracy table price": (
-        *("MLM-92", "BRIDGE-3880", "MLM-1258", "BRIDGE-949", "BRIDGE-5318", "TITAN-1789"),
-        *("MLM-482", "MLM-1345", "BRIDGE-3561", "MLM-6314", "MLM-637", "SWIFT-5997", "MLM-144"),
-        *("NANO-207", "TRL-962", "BRIDGE-MOON", "BRIDGE-LORA", "MLM-6429", "VERL-2935"),
-        *("TUNE-2071", "VERL-1629"),
-    ),
-    "asks for what a launch does not say: other roles, host memory, phases, images": (
-        *("VERL-388", "VERL-6123", "LITGPT-438", "ALIGNER-444", "MLM-5240", "BRIDGE-DISP"),
-        *("VERL-6609", "TITAN-1136"),
-    ),
-    "a log's or a message's, for diagnose": ("AUTO-1176", "AUTO-818", "BRIDGE-3107", "MLM-5768"),
     "below, by a test of its own": (
         *("ROCM-85", "MLM-1754", "TITAN-1690", "DS-4477", "TITAN-811", "TITAN-850"),
-        *("BRIDGE-5637", "BRIDGE-MT1", "BRIDGE-MT2"),
+        *("BRIDGE-5637", "BRIDGE-MT1", "BRIDGE-MT2", "MLM-92", "MLM-1258", "BRIDGE-949"),
+        *("BRIDGE-5318", "MLM-482", "MLM-1345", "SWIFT-5997", "MLM-144", "NANO-207", "TRL-962"),
+        *("BRIDGE-MOON", "MLM-6429", "TUNE-2071", "VERL-6123", "AUTO-1176", "AUTO-818"),
+        *("MLM-5768", "BRIDGE-3880"),
     ),
+    "not told: the memory model holds no adapter inputs that are gathered a second time": (
+        "BRIDGE-LORA",
+    ),
+    "not told: the dispatchers of the flex kind are priced alike": ("BRIDGE-3561",),
+    "not told: no launch says how much memory a host has, or how its loader reads": ("LITGPT-438",),
 }
 
 
@@ -424,3 +557,298 @@ def test_the_first_stage_of_a_pipeline_holds_most() -> None:
     assert result.estimate is not None
     peaks = [stage["peak_bytes"] for stage in result.estimate.stages]
     assert peaks[0] > peaks[1] > peaks[2]
+
+
+def priced(
+    launch: Sequence[str], gpus: int, cluster: str, env: Mapping[str, object] = CONNECTION
+) -> Estimate:
+    result = check(launch, gpus=gpus, cluster=cluster, env=dict(env))
+    assert result.estimate is not None, result.unpriced
+    return result.estimate
+
+
+def test_a_large_vocabulary_is_paid_in_logits_and_in_states() -> None:
+    """MLM-92: logits are s*b*V*(2 and 4) bytes, two untied matrices V*h*18 bytes."""
+    small, large = (
+        priced(megatron(f"--vocab-size {size}"), 8, "8xH100") for size in (128_000, 1_024_000)
+    )
+    rows = 1_024_000 - 128_000
+    states = ("weights_bytes", "grads_bytes", "optimizer_bytes")
+    more = {term: large.memory[term] - small.memory[term] for term in small.memory}
+    assert more["logits_bytes"] == pytest.approx(4096 * rows * 6, rel=0.01)
+    assert sum(more[term] for term in states) == pytest.approx(2 * rows * 4096 * 18, rel=0.01)
+
+
+def test_more_nodes_at_a_fixed_batch_pay_less_and_less() -> None:
+    """MLM-1258: 2 to 32 nodes; communication and optimizer stay while each rank computes less."""
+    flags = (
+        "--num-experts 8 --hidden-size 2560 --ffn-hidden-size 8960 --num-attention-heads 32"
+        " --expert-model-parallel-size 8 --global-batch-size 2048 --use-distributed-optimizer"
+        " --moe-token-dispatcher-type alltoall --moe-grouped-gemm"
+    )
+    rates = [
+        priced(megatron(flags), 8 * nodes, f"{nodes}x8xH100").tokens_per_s_per_gpu
+        for nodes in (2, 4, 8, 16, 32)
+    ]
+    losses = [1 - after / before for before, after in pairwise(rates)]
+    assert losses == sorted(losses)
+    assert losses[-1] > 3 * losses[0] > 0
+
+
+def test_the_search_takes_batch_recomputation_and_experts_together() -> None:
+    """BRIDGE-949: a larger micro-batch, paid with recomputation and fewer expert ranks, was faster
+    than the shipped layout."""
+
+    def candidates(*fixed: str) -> int:
+        return meshwright.plan(
+            meshwright.load_model("qwen3-30b-a3b"),
+            meshwright.load_cluster("16xH200"),
+            meshwright.Job(seq_len=4096, gbs=512),
+            fix=("pp=2", "vpp=2", "tp=1", "cp=1", "etp=1", *fixed),
+            top=1,
+        ).found.legal
+
+    one = candidates("mbs=8", "ep=2", "recompute=full")
+    assert one >= 1
+    assert candidates("ep=2", "recompute=full") > one
+    assert candidates("mbs=8", "recompute=full") > one
+    assert candidates("mbs=8", "ep=2") > one
+
+
+def test_small_experts_with_full_recomputation_stay_far_below_the_hoped_for_mfu() -> None:
+    """BRIDGE-5318: 8% measured, 35% expected."""
+    launch = bridge(
+        "qwen35_35b_a3b_pretrain",
+        "model.expert_model_parallel_size=16 train.global_batch_size=256 model.seq_length=16384"
+        " dataset.seq_length=16384 model.recompute_granularity=full model.recompute_num_layers=1"
+        " model.recompute_method=uniform",
+    )
+    assert priced(launch, 16, "16xB300").mfu_fraction < 0.15
+
+
+def test_every_stage_has_its_own_peak_and_the_logits_are_on_the_last() -> None:
+    """MLM-482: one number for all stages is wrong for each of them."""
+    flags = (
+        "--ffn-hidden-size 11008 --num-query-groups 32 --vocab-size 32000 --micro-batch-size 2"
+        " --pipeline-model-parallel-size 2 --global-batch-size 2048 --use-distributed-optimizer"
+    )
+    first, last = priced(megatron(flags), 16, "16xA100").stages
+    assert first["peak_bytes"] > last["peak_bytes"]
+    assert first["activations_bytes"] > 1.5 * last["activations_bytes"]
+    assert first["logits_bytes"] == 0 < last["logits_bytes"]
+
+
+@pytest.mark.parametrize(("switch", "grad_bytes"), [("", 4), ("--grad-reduce-in-bf16", 2)])
+def test_states_take_as_many_bytes_as_the_gradients_accumulate_in(
+    switch: str, grad_bytes: int
+) -> None:
+    """MLM-1345: 2 + (4, or 2) + 12/dp bytes a parameter under the distributed optimizer."""
+    result = check(megatron(f"--use-distributed-optimizer {switch}"), gpus=8, cluster="8xH100")
+    assert result.estimate is not None
+    assert result.model is not None
+    memory, size = result.estimate.memory, result.model.num_params
+    assert memory["weights_bytes"] == pytest.approx(2 * size, rel=0.001)
+    assert memory["grads_bytes"] == pytest.approx(grad_bytes * size, rel=0.001)
+    assert memory["optimizer_bytes"] == pytest.approx(12 / 8 * size, rel=0.001)
+
+
+def test_the_best_plans_keep_tensors_in_a_node_and_do_not_split_experts_by_tp() -> None:
+    """SWIFT-5997: tp and ep inside the domain, pp and dp across, ep rather than etp."""
+    plans = meshwright.plan(
+        meshwright.load_model("mixtral-8x7b"),
+        meshwright.load_cluster("8x8xH100"),
+        meshwright.Job(seq_len=4096, gbs=512),
+        top=3,
+    ).plans
+    for plan in plans:
+        assert plan.layout.tp * plan.layout.cp <= 8
+        assert plan.layout.ep * plan.layout.etp <= 8
+        assert plan.layout.etp == 1 < plan.layout.ep
+
+
+def test_one_gpu_a_node_on_ten_gigabits_waits_for_gradients() -> None:
+    """MLM-144: BERT of 0.34 billion parameters on single V100s."""
+    flags = (
+        "--fp16 --num-layers 24 --hidden-size 1024 --ffn-hidden-size 4096 --num-attention-heads 16"
+        " --num-query-groups 16 --vocab-size 30522 --seq-length 512 --micro-batch-size 4"
+        " --global-batch-size 32"
+    )
+    launch = [word for word in megatron(flags) if word != "--bf16"]
+    time = priced(launch, 8, "8x1xV100-16GB").time
+    assert time["dp_comm_s"] > 2 * time["compute_s"]
+
+
+def test_one_layout_keeps_other_activations_in_another_framework() -> None:
+    """NANO-207: a framework's own recomputation is part of its price."""
+    model = "model.path=Qwen/Qwen3-8B"
+    skyrl: str = (
+        "python -m skyrl.train.main_sft placement.num_gpus_per_node=8 max_length=8192"
+        f" batch_size=64 micro_train_batch_size_per_gpu=1 {model}"
+        " megatron_config.tensor_model_parallel_size=2"
+        " megatron_config.pipeline_model_parallel_size=1"
+    )
+    whole = verl(
+        "tensor_model_parallel_size=2",
+        f"actor_rollout_ref.{model} data.max_prompt_length=4096 data.max_response_length=4096",
+    )
+    recomputed = priced(skyrl.split(), 8, "8xH100").memory["activations_bytes"]
+    assert recomputed < 0.3 * priced(whole, 8, "8xH100").memory["activations_bytes"]
+
+
+def test_more_sharding_does_not_make_longer_sequences_fit_but_splitting_them_does() -> None:
+    """TRL-962: beyond 4k a 100B model under ZeRO-3 is full of activations."""
+    flags = (
+        "--num-layers 80 --hidden-size 10240 --num-attention-heads 80 --ffn-hidden-size 28672"
+        " --seq-length 8192 --use-megatron-fsdp --use-distributed-optimizer"
+        " --data-parallel-sharding-strategy optim_grads_params --ckpt-format fsdp_dtensor"
+        " --no-gradient-accumulation-fusion --global-batch-size 256"
+    )
+    sharded = priced(megatron(flags), 128, "128xA100", env={})
+    doubled = priced(megatron(flags), 256, "256xA100", env={})
+    split = priced(megatron(f"{flags} --context-parallel-size 8"), 128, "128xA100", env={})
+    assert sharded.verdict == doubled.verdict == "does not fit"
+    assert split.verdict == "fits"
+
+
+def test_the_modules_worth_recomputing_in_a_small_latent_mixture_are_ordered() -> None:
+    """BRIDGE-MOON: core attention saves nothing; the experts' activation saves most a second."""
+
+    def modules(names: str) -> Estimate:
+        switches = f"""model.recompute_granularity=selective 'model.recompute_modules={names}'"""
+        launch = bridge(
+            "moonlight_16b_pretrain",
+            "model.tensor_model_parallel_size=2 model.sequence_parallel=true"
+            f" model.expert_model_parallel_size=8 train.global_batch_size=4 {switches}",
+        )
+        return priced(launch, 8, "8xH100")
+
+    nothing = modules("[]")
+    core, experts = modules('["core_attn"]'), modules('["moe_act"]')
+    both = modules('["layernorm", "moe_act"]')
+    assert core.peak_bytes == pytest.approx(nothing.peak_bytes, rel=0.002)
+    assert core.step_time_s > experts.step_time_s > nothing.step_time_s
+    assert both.peak_bytes < experts.peak_bytes < 0.99 * nothing.peak_bytes
+    assert both.step_time_s > experts.step_time_s
+
+
+def test_a_device_that_is_nearly_full_is_not_said_to_fit() -> None:
+    """MLM-6429: 70.3 GB allocated, 79.7 GB of 80 used, a sixth of the speed."""
+    flags = (
+        "--num-layers 14 --hidden-size 7168 --num-attention-heads 128 --ffn-hidden-size 18432"
+        " --multi-latent-attention --q-lora-rank 1536 --kv-lora-rank 512 --qk-head-dim 128"
+        " --qk-pos-emb-head-dim 64 --v-head-dim 128 --num-experts 256 --moe-router-topk 8"
+        " --moe-ffn-hidden-size 2048 --moe-shared-expert-intermediate-size 2048"
+        " --pipeline-model-parallel-size 4 --expert-model-parallel-size 16 --vocab-size 129280"
+        " --global-batch-size 256 --seq-length 2048 --use-distributed-optimizer"
+        " --moe-grouped-gemm --moe-token-dispatcher-type alltoall --moe-router-dtype fp32"
+        " --pipeline-model-parallel-layout Et|tt|tt|tt|tt|tt|tt|tL"
+        " --overlap-moe-expert-parallel-comm"
+    )
+    launch = [w for w in megatron(flags) if w != "--group-query-attention"]
+    at = launch.index("--num-query-groups")
+    del launch[at : at + 2]
+    assert priced(launch, 64, "64xH100", env={}).verdict != "fits"
+
+
+def test_adapters_of_70b_do_not_fit_eight_cards_of_24_gb(tmp_path: Path) -> None:
+    """TUNE-2071: the base alone is 17.5 GB a card; gathered layers, logits and context follow."""
+    cluster = tmp_path / "desk.toml"
+    cluster.write_text(
+        'name = "desk"\ngpu = "L40S"\nnum_gpus = 8\ngpus_per_node = 8\n'
+        '[gpu_overrides]\nhbm_bytes = "24 GB"\n[source]\nhbm_bytes = "data sheet"\n'
+    )
+    launch = [
+        *("nemo", "llm", "finetune", "--factory", "llama31_70b", "peft=lora"),
+        *("trainer.devices=8", "trainer.num_nodes=1", "trainer.strategy.fsdp=megatron"),
+        *("data.seq_length=512", "data.micro_batch_size=1", "data.global_batch_size=8"),
+    ]
+    result = check(launch, cluster=str(cluster))
+    assert result.estimate is not None, result.unpriced
+    assert result.estimate.verdict != "fits"
+    assert result.estimate.memory["weights_bytes"] > 17e9
+    assert result.estimate.memory["buffers_bytes"] > 1e9
+
+
+def test_sending_fused_experts_to_the_engine_needs_room(tmp_path: Path) -> None:
+    """VERL-6123: a model of 397B gathers tensors of 4 to 8 GB."""
+    small = Path(meshwright.__file__).parent / "describe" / "configs" / "qwen3.5-35b-a3b.json"
+    large = {
+        "hidden_size": 4096,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 32,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(small.read_text()) | large))
+    launch = verl(
+        "tensor_model_parallel_size=8 pipeline_model_parallel_size=4"
+        " expert_model_parallel_size=32 expert_tensor_parallel_size=1",
+        f"actor_rollout_ref.model.path={tmp_path} trainer.nnodes=16"
+        " actor_rollout_ref.rollout.gpu_memory_utilization=0.5",
+    )
+    found = {f.id: f for f in check(launch, cluster="16x8xH20").findings}
+    assert found["weight_export_fits"].severity == "warning"
+    assert "8 GiB" in found["weight_export_fits"].rule
+
+
+def test_logits_of_two_short_sequences_are_the_allocation_that_failed() -> None:
+    """AUTO-1176: 3.91 GiB is 2 * 4096 tokens * 128256 words * 4 bytes; 3,072 tokens fitted."""
+
+    def logits(seq_len: int) -> float:
+        launch = bridge(
+            "llama31_8b_peft",
+            f"model.seq_length={seq_len} dataset.seq_length={seq_len} train.micro_batch_size=2"
+            " train.global_batch_size=2 model.cross_entropy_loss_fusion=false",
+        )
+        return priced(launch, 1, "1xH100").memory["logits_bytes"]
+
+    in_fp32 = 2 * 4096 * 128_256 * 4
+    assert in_fp32 / 2**30 == pytest.approx(3.91, abs=0.01)
+    assert logits(4096) >= in_fp32
+    assert logits(3072) == pytest.approx(0.75 * logits(4096), rel=0.01)
+
+
+def test_a_recipe_near_the_limit_is_called_borderline() -> None:
+    """AUTO-818: near the limit runs fail now and then."""
+    launch = verl(
+        "tensor_model_parallel_size=2",
+        "actor_rollout_ref.model.path=Qwen/Qwen2-7B data.max_prompt_length=2048"
+        " data.max_response_length=2048 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+    )
+    assert priced(launch, 8, "8xH100").verdict == "borderline"
+
+
+MOE = "--num-experts 8 --moe-token-dispatcher-type alltoall"
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus"),
+    [
+        ("--tensor-model-parallel-size 4 --pipeline-model-parallel-size 4", 8),
+        ("--tensor-model-parallel-size 3", 6),
+        ("--pipeline-model-parallel-size 3", 6),
+        ("--micro-batch-size 3", 8),
+        ("--seq-length 4100 --context-parallel-size 8", 8),
+        (f"{MOE} --expert-model-parallel-size 3", 6),
+        (f"{MOE} --expert-model-parallel-size 2 --tensor-model-parallel-size 2", 8),
+        ("--num-virtual-stages-per-pipeline-rank 2", 8),
+    ],
+)
+def test_the_commonest_errors_are_told_from_flags_alone(flags: str, gpus: int) -> None:
+    """MLM-5768: world, heads, layers, batch, sequence, experts, experts with tp, chunks."""
+    result = check(megatron(flags), gpus=gpus, env=CONNECTION)
+    assert not result.ok
+    assert all(f.remedy for f in result.findings if f.severity == "error")
+
+
+def test_the_states_of_a_measured_mixture_are_predicted() -> None:
+    """BRIDGE-3880: experts 29.0B/16 * 18 bytes and dense 1.5B * 6.75 bytes: 43 GB of states."""
+    launch = bridge(
+        "qwen3_30b_a3b_pretrain",
+        f"{MOE_16} model.expert_tensor_parallel_size=1",
+    )
+    memory = priced(launch, 16, "16xH100").memory
+    states = sum(memory[f"{term}_bytes"] for term in ("weights", "grads", "optimizer"))
+    assert states == pytest.approx(43e9, rel=0.02)

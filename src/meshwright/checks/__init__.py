@@ -89,6 +89,8 @@ class Check:
     remedy: str
     fires: Rule
     values: Values
+    library: str = ""
+    """Who refuses where the framework does not: a library beneath it, as its version decides."""
 
     def finding(self, case: Case, index: int) -> Finding:
         """Return the finding for row ``index`` of ``case``, on which the rule fired."""
@@ -115,12 +117,18 @@ def _nothing_more(case: Case, at: Layout[int]) -> Mapping[str, object]:
 
 
 def check(
-    severity: Severity, *, field: str, id: str = "", values: Values = _nothing_more
+    severity: Severity,
+    *,
+    field: str,
+    id: str = "",
+    values: Values = _nothing_more,
+    library: str = "",
 ) -> Callable[[Rule], Check]:
     """Make the rule below it a ``Check``.
 
     ``id`` is the rule's name in the list of Megatron-LM's rules; without it the function's name.
-    ``values`` computes further placeholders of the docstring.
+    ``values`` computes further placeholders of the docstring; ``library`` names who refuses where
+    the framework itself lets it pass.
     """
 
     def made(rule: Rule) -> Check:
@@ -136,6 +144,7 @@ def check(
             remedy=" ".join(remedy.split()),
             fires=rule,
             values=values,
+            library=library,
         )
 
     return made

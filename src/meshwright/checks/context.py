@@ -14,6 +14,8 @@ from meshwright.describe.model import OpKind
 from meshwright.errors import divisors
 from meshwright.parallel.layout import CpComm, Ints, Layout, Layouts, take
 
+_ATTENTION = "Transformer Engine"
+
 
 def _sequences(case: Case, at: Layout[int]) -> Mapping[str, object]:
     unit = at.cp * math.lcm(2, at.tp) if at.sp and at.tp > 1 else 2 * at.cp
@@ -73,7 +75,7 @@ def _exchanged(case: Case, at: Layout[int]) -> Mapping[str, object]:
     }
 
 
-@check("error", field="layout.cp_comm", values=_exchanged)
+@check("error", field="layout.cp_comm", values=_exchanged, library=_ATTENTION)
 def a2a_divides_heads(case: Case) -> Mask:
     """The all-to-all of context parallelism exchanges tokens for heads, so its ranks must divide
     the {heads} heads and {kv_heads} key-value heads that tp = {tp} leaves on a rank.
@@ -136,7 +138,7 @@ def cp_divides_mamba(case: Case) -> Mask:
     return ((heads % (x.tp * x.cp) != 0) | ((local % x.cp != 0) & (x.cp % local != 0))) & (x.cp > 1)
 
 
-@check("error", field="layout.cp_comm")
+@check("error", field="layout.cp_comm", library=_ATTENTION)
 def ring_sees_whole_sequences(case: Case) -> Mask:
     """Layers of {model.name} attend within a sliding window, which Transformer Engine's ring
     attention (cp_comm = {cp_comm}) does not support.

@@ -96,6 +96,16 @@ def sharded_gradients_reduce_every_microbatch(case: Case) -> Mask:
     return (case.x.zero >= Zero.optim_grads) & (case.x.pp > 1) & (case.x.dp_shard > 1)
 
 
+@check("note", field="layout.zero")
+def sharded_gradients_are_whole_at_first(case: Case) -> Mask:
+    """A micro-batch's gradients are made whole, in buckets, before each rank keeps its share: with
+    zero=optim_grads the peak can lie above that of zero=optim, where the reduction lags behind.
+
+    Measure the peak of both, or use zero=optim_grads_params.
+    """
+    return (case.x.zero == Zero.optim_grads) & (case.x.dp_shard > 1)
+
+
 @check("warning", field="layout.zero", values=_gathers)
 def sharded_stages_gather_every_microbatch(case: Case) -> Mask:
     """In a pipeline (pp = {pp}) full sharding gathers the weights of a stage for each forward and

@@ -26,6 +26,9 @@ _TRAILING: Final = re.compile(
 )
 _LEADING: Final = re.compile(r"^(meta|hf|nvidia|mistral-ai|deepseek-ai)[-_]")
 
+_FLAVORS: Final = {"deepseekv316b": "deepseekv2lite"}
+"""torchtitan's names for shapes that were published under another one."""
+
 
 def find_model(text: str) -> Model | None:
     """Return the model that a launch names: a path, a known name, a Hugging Face id, a recipe.
@@ -34,6 +37,7 @@ def find_model(text: str) -> Model | None:
     """
     text = text.strip()
     name = _plain_name(text)
+    name = _FLAVORS.get(name, name)
     if name in _by_plain_name():
         return load_model(_by_plain_name()[name])
     sized = _with_size(name)

@@ -51,7 +51,8 @@ def read(
     given = [(_path(o.path), o) for o in found if o.path != "recipe"]
     known = [(p, o) for p, o in given if p in settings() or "." in p or p in _UNDOTTED]
     reading.argv = [f"{p}={text_of(o.value)}" for p, o in known]
-    argv = [f"{path}={text_of(value)}" for path, value in base.items()] + reading.argv
+    ruled = [a for a in reading.argv if not a.startswith("peft.")]
+    argv = [f"{path}={text_of(value)}" for path, value in base.items()] + ruled
     if gpus is None:
         gpus = _smallest_world({p: o.value for p, o in known})
         reading.assumed.append(
@@ -149,7 +150,7 @@ def _recipe_base(recipe: str, reading: Reading) -> dict[str, Any]:
             f"recipe {recipe}: its model is not known, so rules of its shape were not asked"
         )
         return {}
-    base = shape_overrides(model)
+    base = shape_overrides(model) or _plain_shape(model)
     base |= {"model.seq_length": 4096, "dataset.seq_length": 4096}
     base |= {"train.micro_batch_size": 1, "train.global_batch_size": 512}
     base |= {"ddp.use_distributed_optimizer": True, "optimizer.use_distributed_optimizer": True}
@@ -176,6 +177,25 @@ def shape_overrides(model: Model) -> dict[str, Any]:
     return {f"model.{w}": v for w, v in words.items() if f"model.{w}" in settings()}
 
 
+def _plain_shape(model: Model) -> dict[str, Any]:
+    """Return the widths of a model whose layers Bridge's GPT does not have: rules ask for them."""
+    shape: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size or model.expert_ffn_hidden_size,
+        "num_attention_heads": model.num_heads,
+        "num_query_groups": model.num_kv_heads,
+        "kv_channels": model.head_dim,
+    }
+    if model.is_moe:
+        shape |= {
+            "num_moe_experts": model.num_experts,
+            "moe_router_topk": model.topk,
+            "moe_ffn_hidden_size": model.expert_ffn_hidden_size,
+        }
+    return {f"model.{name}": value for name, value in shape.items() if value}
+
+
 def _smallest_world(values: Mapping[str, Any]) -> int:
     def degree(name: str, default: int = 1) -> int:
         value = values.get(f"model.{name}", default)
@@ -192,8 +212,12 @@ def _smallest_world(values: Mapping[str, Any]) -> int:
 
 
 def _task(recipe: str, known: Mapping[str, Override], reading: Reading) -> None:
-    if recipe.endswith(("_peft_config", "_lora_config")) or "peft" in known:
-        reading.settings["task"] = Setting(value="lora", origin=f"recipe {recipe}")
+    rank = known.get("peft.dim")
+    if rank is not None or recipe.endswith(("_peft_config", "_lora_config")) or "peft" in known:
+        origin = f"recipe {recipe}" if rank is None else rank.origin
+        reading.settings["task"] = Setting(value="lora", origin=origin)
+        if rank is not None and isinstance(rank.value, int):
+            reading.settings["lora_rank"] = Setting(value=rank.value, origin=origin)
     elif recipe.endswith(("_sft_config", "_finetune_config")):
         reading.settings["task"] = Setting(value="sft", origin=f"recipe {recipe}")
     elif "dataset_kind" in known and known["dataset_kind"].value == "sft":

@@ -56,6 +56,7 @@ _SAME: Final = (
     *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
     *("window_size", "moe_aux_loss_coeff", "moe_router_load_balancing_type"),
     *("make_vocab_size_divisible_by", "grad_reduce_in_bf16", "masked_softmax_fusion"),
+    "eval_micro_batch_size",
     *("gradient_accumulation_fusion", "use_transformer_engine_op_fuser"),
     *("cuda_graph_modules", "fine_grained_activation_offloading", "offload_modules"),
 )

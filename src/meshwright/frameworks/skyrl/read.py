@@ -33,7 +33,9 @@ KWARGS: Final = (
     *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
     *("fp8", "fp8_recipe", "moe_flex_dispatcher_backend", "moe_expert_capacity_factor"),
     *("moe_shared_expert_overlap", "cpu_offloading_num_layers", "moe_grouped_gemm"),
-    *("virtual_pipeline_model_parallel_size", "moe_permute_fusion"),
+    *("virtual_pipeline_model_parallel_size", "moe_permute_fusion", "masked_softmax_fusion"),
+    *("gradient_accumulation_fusion", "use_transformer_engine_op_fuser"),
+    *("fine_grained_activation_offloading", "offload_modules"),
 )
 """Fields that go through ``transformer_config_kwargs``."""
 OPTIMIZER: Final = ("optimizer_cpu_offload", "optimizer_offload_fraction")
@@ -74,6 +76,7 @@ _ALWAYS: Final[dict[str, Any]] = {
     "cross_entropy_loss_fusion": False,
     "moe_grouped_gemm": True,
     "moe_permute_fusion": False,
+    "gradient_accumulation_fusion": False,
 }
 
 
@@ -183,6 +186,7 @@ def _batch(reading: Reading, known: Mapping[str, Override], facts: Facts, sft: b
         batch = (facts.whole(mini) or 0) * (facts.whole(samples) or 0)
         reading.settings["global_batch_size"] = made_of(known, (mini, samples), batch, TITLE)
     if facts["trainer.placement.colocate_all"] is not False:
+        reading.default("rl_trainer", True, TITLE)
         fraction = "generator.inference_engine.gpu_memory_utilization"
         take(reading, known, {"rollout_memory_fraction": fraction})
     prompt = "trainer.max_prompt_length"

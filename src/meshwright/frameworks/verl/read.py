@@ -47,8 +47,9 @@ TRANSFORMER: Final = {
         *("account_for_loss_in_pipeline_split", "num_layers_in_first_pipeline_stage"),
         *("num_layers_in_last_pipeline_stage", "moe_token_dispatcher_type", "moe_grouped_gemm"),
         *("moe_flex_dispatcher_backend", "moe_expert_capacity_factor", "fp8", "fp8_recipe"),
-        *("moe_shared_expert_overlap", "cpu_offloading_num_layers"),
-        "moe_permute_fusion",
+        *("moe_shared_expert_overlap", "cpu_offloading_num_layers", "masked_softmax_fusion"),
+        *("moe_permute_fusion", "gradient_accumulation_fusion", "offload_modules"),
+        *("use_transformer_engine_op_fuser", "fine_grained_activation_offloading"),
     )
 }
 DDP: Final = {
@@ -152,12 +153,34 @@ def _batch(reading: Reading, known: Mapping[str, Override], facts: Facts) -> Non
             value = both(part or 0 for part in parts)
             reading.settings[word] = made_of(known, paths, value, TITLE)
     reading.settings["task"] = Setting(value="sft", origin=f"{TITLE}'s actor update")
-    take(
-        reading,
-        known,
-        {"rollout_memory_fraction": f"{ROLLOUT}.gpu_memory_utilization"},
-    )
+    _rollout(reading, known, facts)
     path = known.get("actor_rollout_ref.model.path")
     if path is not None:
         reading.settings["model"] = Setting(value=path.value, origin=path.origin)
-    read_adapters(reading, known, "actor_rollout_ref.model.lora_rank")
+    for rank in ("lora_rank", "lora.rank"):
+        read_adapters(reading, known, f"actor_rollout_ref.model.{rank}")
+
+
+def _rollout(reading: Reading, known: Mapping[str, Override], facts: Facts) -> None:
+    """Read what generation and the other roles hold on the same GPUs."""
+    reading.default("rl_trainer", True, TITLE)
+    take(
+        reading,
+        known,
+        {
+            "rollout_memory_fraction": f"{ROLLOUT}.gpu_memory_utilization",
+            "rollout_tensor_model_parallel_size": f"{ROLLOUT}.tensor_model_parallel_size",
+        },
+    )
+    fused = facts["actor_rollout_ref.model.use_fused_kernels"] is True
+    reading.default("policy_keeps_logits", not fused, TITLE)
+    kind = "megatron" if facts[f"{ACTOR}.strategy"] == "megatron" else "fsdp_config"
+    reading.default("states_offloaded", facts[f"{ACTOR}.{kind}.optimizer_offload"] is True, TITLE)
+    critic = facts["algorithm.adv_estimator"] == "gae" or facts.given("critic.model.path")
+    scored = (f"{ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward")
+    roles = {
+        "critic": critic and facts[f"critic.{kind}.optimizer_offload"] is not True,
+        "reference": any(facts[path] is True for path in scored)
+        and facts[f"actor_rollout_ref.ref.{kind}.param_offload"] is not True,
+    }
+    reading.default("rl_roles", [name for name, held in roles.items() if held], TITLE)
