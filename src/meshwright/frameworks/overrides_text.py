@@ -7,6 +7,8 @@ from typing import Any
 
 def text_of(value: Any) -> str:
     """Return a value as an override writes it: true, null, [a,b], plain text."""
+    if isinstance(value, str):
+        return value
     if value is None:
         return "null"
     if isinstance(value, bool):

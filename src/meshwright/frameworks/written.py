@@ -17,13 +17,14 @@ from meshwright.describe.job import Job
 from meshwright.describe.model import Model
 from meshwright.errors import LaunchError, did_you_mean
 from meshwright.findings import Finding
+from meshwright.frameworks.carried import Carried, Unexpanded
 from meshwright.parallel.layout import DEFAULT_ORDER, Layout, Pipeline, Zero, to_text
 
 Launcher = Literal["torchrun", "slurm"]
 LAUNCHERS: Final = ("torchrun", "slurm")
 
 _SAFE: Final = re.compile(r"[A-Za-z0-9_./:=,+@%^-]+")
-_VARIABLE: Final = re.compile(r"\$[A-Z_]{2}")
+_LIST_OF_WORDS: Final = re.compile(r"\$\{?(\w+)\}?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,9 @@ class Written:
     """One framework's launch before it is put into a script.
 
     ``program`` is shell text; ``arguments`` maps the name of an array to its lines, each a list of
-    words (``"$NAME"`` is a variable). ``files`` are further files that the program needs.
-    ``by_ray``: one driver starts the processes.
+    words (``Unexpanded`` where they hold variables). ``files`` are further files that the program
+    needs. ``remarks`` stand as comments at the top of the script. ``by_ray``: one driver starts the
+    processes.
     """
 
     program: str
@@ -50,17 +52,22 @@ class Written:
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     unset: Sequence[str] = ()
     files: Mapping[str, str] = field(default_factory=dict[str, str])
+    remarks: Sequence[str] = ()
     by_ray: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is to be written: a model, a job and a layout, on a cluster where it is known."""
+    """What is to be written: a model, a job and a layout, on a cluster where it is known.
+
+    ``carried`` is what another launch said besides.
+    """
 
     model: Model
     job: Job
     layout: Layout[int]
     cluster: Cluster | None = None
+    carried: Carried = field(default_factory=Carried)
 
     @property
     def gpus_per_node(self) -> int:
@@ -119,17 +126,32 @@ def megatron_environment(target: Target) -> dict[str, str]:
     """Return the variables that the layout's overlap needs.
 
     One connection orders communication before compute for TP and CP overlap on GPUs before
-    Blackwell; overlapped expert all-to-alls need many; sharded training needs it unset.
+    Blackwell; overlapped expert all-to-alls need many; sharded training needs it unset. CUDA graphs
+    of Transformer Engine and expandable segments go together without NCCL's registration, and
+    modules whose activations are offloaded need its first offloading code.
     """
-    x = target.layout
+    x, execution = target.layout, target.job.execution
     env = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if execution.cuda_graphs == "partial":
+        env["NCCL_GRAPH_REGISTER"] = "0"
+    if execution.offloaded_modules:
+        env["NVTE_CPU_OFFLOAD_V1"] = "1"
     if x.zero > Zero.optim:
         return env
-    if target.job.execution.overlap_ep_comm and x.ep > 1:
+    if execution.overlap_ep_comm and x.ep > 1:
         env["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
     elif (x.tp > 1 or x.cp > 1) and not target.is_blackwell:
         env["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     return env
+
+
+def no_cuda_graphs(target: Target, title: str) -> list[Finding]:
+    """Return a refusal of CUDA graphs by a framework whose sequences differ in length."""
+    graphs = target.job.execution.cuda_graphs
+    if graphs == "none":
+        return []
+    rule = f"{title} exchanges sequences of any length, which no graph can hold."
+    return [refusal("job.cuda_graphs", graphs, rule, "Use none.")]
 
 
 def zero_refusal(x: Layout[int], title: str, allowed: Sequence[Zero]) -> list[Finding]:
@@ -154,8 +176,13 @@ def absent(x: Layout[int], title: str, defaults: Mapping[str, Any]) -> list[Find
 
 
 def quoted(word: str) -> str:
-    """Return a word as the shell reads it back; ``$NAME`` stays a variable."""
-    if _VARIABLE.search(word):
+    """Return a word as the shell reads it back; of ``Unexpanded`` text the variables stay."""
+    if isinstance(word, Unexpanded):
+        many = _LIST_OF_WORDS.fullmatch(word)
+        if word in ("$@", "${@}"):
+            return '"$@"'
+        if many is not None and "ARGS" in word:
+            return f"${{{many[1]}:-}}"
         return '"' + re.sub(r'(["\\`])', r"\\\1", word) + '"'
     if _SAFE.fullmatch(word):
         return word
@@ -169,10 +196,10 @@ def script(target: Target, written: Written, launcher: str, title: str) -> str:
         raise LaunchError("launcher", launcher, rule, remedy)
     slurm = launcher == "slurm"
     parts = ["#!/bin/bash", *(_sbatch(target) if slurm else [])]
-    parts += [_heading(target, title), "set -euo pipefail", ""]
+    parts += [_heading(target, title), *_remarks(target, written), "set -euo pipefail", ""]
     if written.variables:
         parts += ["# Yours to fill in.", *map(_variable, written.variables), ""]
-    parts += [*_environment(written), ""]
+    parts += [*_environment(target, written), ""]
     if not slurm:
         parts += [*_nodes(target, written), ""]
     for name, lines in written.arguments.items():
@@ -193,11 +220,37 @@ def _variable(variable: Variable) -> str:
     return f'{variable.name}="${{{variable.name}:-{variable.default}}}"  # {variable.comment}'
 
 
-def _environment(written: Written) -> Iterable[str]:
+def _remarks(target: Target, written: Written) -> Iterable[str]:
+    remarks = list(written.remarks)
+    if target.carried.lost:
+        remarks += ["Not carried from the launch that was read:", *target.carried.lost]
+    own = {variable.name for variable in written.variables}
+    outside = [name for name in target.carried.outside() if name not in own]
+    if outside:
+        remarks.append(f"Set outside, as for the launch that was read: {', '.join(outside)}.")
+    for remark in remarks:
+        yield "# " + " ".join(remark.split())
+
+
+def _environment(target: Target, written: Written) -> Iterable[str]:
     for name in written.unset:
         yield f"unset {name}  # with 1, sharded training loses its overlap"
-    for name, value in written.env.items():
-        yield f"export {name}={quoted(value)}"
+    carried = {
+        name: value
+        for name, value in target.carried.env.items()
+        if name not in written.unset and name not in _STARTED_WITH
+    }
+    for name, value in {**carried, **written.env}.items():
+        yield f"export {name}={quoted(Unexpanded(value) if '$' in value else value)}"
+
+
+_STARTED_WITH: Final = frozenset(
+    {
+        *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "NODE_RANK", "LOCAL_RANK", "NGPU"),
+        *("NNODES", "GPUS_PER_NODE", "CUDA_DEVICE_MAX_CONNECTIONS", "CONFIG_FILE", "CONFIG"),
+    }
+)
+"""Variables of the launch itself: the script sets its own."""
 
 
 def _sbatch(target: Target) -> list[str]:

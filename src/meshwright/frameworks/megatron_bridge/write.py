@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from functools import cache
 from typing import Any, Final
 
 from meshwright.findings import Finding
+from meshwright.frameworks.carried import PLAN, Place, Unexpanded, Values, joined, training_of
 from meshwright.frameworks.megatron_bridge.read import TITLE, shape_overrides, text_of
 from meshwright.frameworks.megatron_bridge.settings import settings
+from meshwright.frameworks.megatron_lm.arguments import by_name
 from meshwright.frameworks.words import job_words, layout_words
 from meshwright.frameworks.words_model import unwritable
 from meshwright.frameworks.written import (
@@ -82,30 +86,126 @@ def write(target: Target) -> Written:
         "mixed_precision": RECIPES[target.job.precision.name],
         **_overrides({**layout_words(x), **job_words(target.job, x)}, target),
     }
-    if target.job.task == "sft":
-        overrides["dataset_kind"] = "sft"
     if x.zero > Zero.optim:
         overrides["checkpoint.ckpt_format"] = "fsdp_dtensor"
-    overrides |= {"train.train_iters": "$TRAIN_ITERS", "logger.log_interval": 1}
+    if target.job.task == "lora":
+        overrides[LORA_RANK] = target.job.lora_rank
+    if target.job.task != "pretrain" and x.cp > 1:
+        overrides |= {"model.calculate_per_token_loss": True, "ddp.average_in_collective": False}
+    lines = [[joined(path, text_of(value))] for path, value in overrides.items()]
+    training = {TRAINING[n]: v for n, v in training_of(target.carried, _defaults(target)).items()}
+    lines += [[_training(p, v)] for p, v in training.items() if p not in overrides]
     return Written(
         program='"$BRIDGE_PATH/scripts/training/run_recipe.py" --recipe "$RECIPE"',
-        arguments={"OVERRIDES": [[f"{path}={text_of(v)}"] for path, v in overrides.items()]},
-        variables=(
-            Variable(
-                name="BRIDGE_PATH",
-                default="/path/to/Megatron-Bridge",
-                comment="a checkout of Megatron-Bridge",
-            ),
-            Variable(name="RECIPE", default=_recipe(target), comment="sets data and optimizer"),
-            Variable(name="TRAIN_ITERS", default="1000", comment="optimizer steps"),
-        ),
+        arguments={"OVERRIDES": lines},
+        variables=_variables(target, " ".join(line for (line,) in lines)),
         env=megatron_environment(target),
         unset=("CUDA_DEVICE_MAX_CONNECTIONS",) if x.zero > Zero.optim else (),
     )
 
 
+LORA_RANK: Final = "peft.dim"
+"""From Bridge's documentation of PEFT: neither a rule nor an oracle of ours names it."""
+
+_SECTIONS: Final = (
+    *("validation", "rng", "logger", "mixed_precision", "optimizer", "scheduler", "train"),
+    *("checkpoint", "ddp", "comm_overlap", "dist", "tokenizer", "dataset", "profiling"),
+    *("rerun_state_machine", "ft", "straggler", "model"),
+)
+"""Where a setting of this name stands that several sections have: the first of these."""
+
+
+@cache
+def _by_name() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in settings():
+        section, _, name = path.rpartition(".")
+        if section in _SECTIONS and name in by_name():
+            known = found.get(name, "")
+            rank = _SECTIONS.index(section)
+            if not known or rank < _SECTIONS.index(known.rpartition(".")[0]):
+                found[name] = path
+    return found
+
+
+TRAINING: Final = {
+    **_by_name(),
+    "data_cache_path": "dataset.path_to_cache",
+    "check_for_nan_in_loss_and_grad": "rerun_state_machine.check_for_nan_in_loss",
+    "use_rope_scaling": "model.rope_scaling",
+    "mock_data": "dataset.mock",
+}
+"""Megatron-LM's name -> the path of the same setting."""
+
+
+@cache
+def places() -> dict[str, Place]:
+    """Return what Bridge's paths are called."""
+    sections = {path: Place(path.rpartition(".")[2]) for path in settings()}
+    named = {path: Place(name) for name, path in TRAINING.items()}
+    return {**sections, **named, "mixed_precision": PLAN, "dataset_kind": PLAN, LORA_RANK: PLAN}
+
+
+def _defaults(target: Target) -> dict[str, str]:
+    defaults = {
+        "train_iters": Unexpanded("$TRAIN_ITERS"),
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": Unexpanded("$TOKENIZER_MODEL"),
+        "data_path": Unexpanded("$DATA_PATH"),
+        "save": Unexpanded("$CHECKPOINTS"),
+        "log_interval": "1",
+    }
+    if target.job.task != "pretrain":
+        # The recipe's own conversations are tuned on; Bridge asks for the weights to start from.
+        del defaults["data_path"]
+        if "load" not in target.carried.training:
+            defaults["pretrained_checkpoint"] = Unexpanded("$PRETRAINED")
+    return defaults
+
+
+def _training(path: str, values: Values) -> str:
+    setting = settings().get(path)
+    if setting is not None and setting.type == "list":
+        made = json.dumps(list(values))
+        unexpanded = any(isinstance(v, Unexpanded) for v in values)
+        return joined(path, Unexpanded(made) if unexpanded else made)
+    return joined(path, values[0] if len(values) == 1 else json.dumps(list(values)))
+
+
+def _variables(target: Target, used: str) -> list[Variable]:
+    return [
+        Variable(
+            name="BRIDGE_PATH",
+            default="/path/to/Megatron-Bridge",
+            comment="a checkout of Megatron-Bridge",
+        ),
+        Variable(
+            name="RECIPE",
+            default=_recipe(target),
+            comment="a recipe of the same model: it sets what stands in no override",
+        ),
+        *(v for v in _VARIABLES if f"${v.name}" in used),
+    ]
+
+
+_VARIABLES: Final = (
+    Variable(
+        name="DATA_PATH",
+        default="/path/to/data_text_document",
+        comment="preprocessed data, without .bin and .idx",
+    ),
+    Variable(
+        name="TOKENIZER_MODEL", default="/path/to/tokenizer", comment="a Hugging Face tokenizer"
+    ),
+    Variable(name="PRETRAINED", default="/path/to/checkpoint", comment="the weights to tune"),
+    Variable(name="CHECKPOINTS", default="checkpoints", comment="where to save"),
+    Variable(name="TRAIN_ITERS", default="1000", comment="optimizer steps"),
+)
+
+
 def _recipe(target: Target) -> str:
     name = re.sub(r"[^a-z0-9_]+", "_", target.model.name.lower().replace(".", "")).strip("_")
+    name = re.sub(r"^(llama|qwen)_(?=\d)", r"\1", name)
     suffix = {"pretrain": "pretrain", "sft": "sft", "lora": "peft"}[target.job.task]
     return f"{name or 'vanilla_gpt'}_{suffix}_config"
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from typing import Any, Final
 
 from meshwright.findings import Finding
-from meshwright.frameworks.megatron_lm.arguments import by_name
+from meshwright.frameworks.carried import Place, Unexpanded, Values, training_of
+from meshwright.frameworks.megatron_lm.arguments import Argument, arguments, by_name
 from meshwright.frameworks.megatron_lm.read import ATTRIBUTES, TITLE, flag_for
 from meshwright.frameworks.words import job_words, layout_words
 from meshwright.frameworks.words_model import model_words, unwritable
@@ -58,32 +61,15 @@ def write(target: Target) -> Written:
     arguments = {name: _lines(words, names) for name, names in _GROUPS.items() if names}
     placed = {word for names in _GROUPS.values() for word in names}
     arguments["PARALLEL_ARGS"] = _lines(words, [w for w in words if w not in placed])
-    arguments["TRAINING_ARGS"] = _training(target)
+    given = {line[0] for lines in arguments.values() for line in lines}
+    arguments["TRAINING_ARGS"] = [ln for ln in _training(target) if ln[0] not in given]
     if not arguments["MOE_ARGS"]:
         del arguments["MOE_ARGS"]
     sharded = target.layout.zero > Zero.optim
     return Written(
         program='"$MEGATRON_PATH/pretrain_gpt.py"',
         arguments=arguments,
-        variables=(
-            Variable(
-                name="MEGATRON_PATH",
-                default="/path/to/Megatron-LM",
-                comment="a checkout of Megatron-LM",
-            ),
-            Variable(
-                name="DATA_PATH",
-                default="/path/to/data_text_document",
-                comment="preprocessed data, without .bin and .idx",
-            ),
-            Variable(
-                name="TOKENIZER_MODEL",
-                default="/path/to/tokenizer",
-                comment="a Hugging Face tokenizer",
-            ),
-            Variable(name="CHECKPOINTS", default="checkpoints", comment="where to save"),
-            Variable(name="TRAIN_ITERS", default="1000", comment="optimizer steps"),
-        ),
+        variables=_variables(target, arguments),
         env=megatron_environment(target),
         unset=("CUDA_DEVICE_MAX_CONNECTIONS",) if sharded else (),
     )
@@ -145,28 +131,102 @@ _ALWAYS: Final = frozenset(
 )
 
 
+TRAINING: Final = {name: argument.flags[0] for name, argument in by_name().items()}
+"""Every argument is one that Megatron-LM can be told."""
+
+_DEFAULTS: Final = {
+    "train_iters": "$TRAIN_ITERS",
+    "lr": "3.0e-4",
+    "min_lr": "3.0e-5",
+    "lr_decay_style": "cosine",
+    "lr_warmup_fraction": "0.01",
+    "weight_decay": "0.1",
+    "clip_grad": "1.0",
+    "adam_beta1": "0.9",
+    "adam_beta2": "0.95",
+    "attention_dropout": "0.0",
+    "layernorm_epsilon": "$NORM_EPSILON",
+    "tokenizer_type": "HuggingFaceTokenizer",
+    "tokenizer_model": "$TOKENIZER_MODEL",
+    "data_path": "$DATA_PATH",
+    "split": "99,1,0",
+    "save": "$CHECKPOINTS",
+    "save_interval": "500",
+    "eval_iters": "0",
+    "log_interval": "1",
+    "log_throughput": "true",
+}
+_VARIABLES: Final = (
+    Variable(name="DATA_PATH", default="/path/to/data_text_document", comment="see below"),
+    Variable(
+        name="TOKENIZER_MODEL", default="/path/to/tokenizer", comment="a Hugging Face tokenizer"
+    ),
+    Variable(name="CHECKPOINTS", default="checkpoints", comment="where to save"),
+    Variable(name="PRETRAINED", default="/path/to/checkpoint", comment="the weights to tune"),
+    Variable(name="TRAIN_ITERS", default="1000", comment="optimizer steps"),
+    Variable(name="ROTARY_BASE", default="10000", comment="rope_theta of the model's config.json"),
+    Variable(
+        name="NORM_EPSILON", default="1e-5", comment="rms_norm_eps of the model's config.json"
+    ),
+)
+_DATA: Final = {
+    "pretrain": "preprocessed data, without .bin and .idx",
+    "sft": "conversations, one JSON object a line",
+}
+_RENAMED: Final = {
+    **{attribute: word for word, attribute in ATTRIBUTES.items()},
+    "group_query_attention": "num_query_groups",
+    "untie_embeddings_and_output_weights": "share_embeddings_and_output_weights",
+    "num_layers_per_virtual_pipeline_stage": "virtual_pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank": "virtual_pipeline_model_parallel_size",
+    "recompute_activations": "recompute_granularity",
+    "accumulate_allreduce_grads_in_fp32": "grad_reduce_in_bf16",
+    "sft": "task",
+}
+"""Megatron-LM's attribute -> the word that says the same of a plan."""
+
+
+@cache
+def places() -> dict[str, Place]:
+    """Return what Megatron-LM's flags are called."""
+    return {
+        flag: Place(_RENAMED.get(argument.name, argument.name), _bare(flag, argument))
+        for flag, argument in arguments().items()
+    }
+
+
+def _bare(flag: str, argument: Argument) -> str:
+    negated = argument.action == "on_off" and flag != argument.flags[0]
+    return "false" if negated or argument.action == "off" else "true"
+
+
 def _training(target: Target) -> list[list[str]]:
-    lines = [
-        ["--train-iters", "$TRAIN_ITERS"],
-        ["--lr", "3.0e-4"],
-        ["--min-lr", "3.0e-5"],
-        ["--lr-decay-style", "cosine"],
-        ["--lr-warmup-fraction", "0.01"],
-        ["--weight-decay", "0.1"],
-        ["--clip-grad", "1.0"],
-        ["--adam-beta1", "0.9"],
-        ["--adam-beta2", "0.95"],
-        ["--attention-dropout", "0.0"],
-        ["--tokenizer-type", "HuggingFaceTokenizer"],
-        ["--tokenizer-model", "$TOKENIZER_MODEL"],
-        ["--data-path", "$DATA_PATH"],
-        ["--split", "99,1,0"],
-        ["--save", "$CHECKPOINTS"],
-        ["--save-interval", "500"],
-        ["--eval-iters", "0"],
-        ["--log-interval", "1"],
-        ["--log-throughput"],
-    ]
+    defaults = {n: Unexpanded(v) if "$" in v else v for n, v in _DEFAULTS.items()}
+    if target.job.task == "sft":
+        defaults["tokenizer_type"] = "SFTTokenizer"
+        if "load" not in target.carried.training:
+            defaults["pretrained_checkpoint"] = Unexpanded("$PRETRAINED")
+    if model_words(target.model)["position_embedding_type"] == "rope":
+        defaults["rotary_base"] = Unexpanded("$ROTARY_BASE")
     if target.model.is_mla:
-        lines.append(["--no-rope-fusion"])
-    return lines
+        defaults["apply_rope_fusion"] = "false"
+    found = training_of(target.carried, defaults)
+    return [line for name, values in found.items() if (line := _line(name, values))]
+
+
+def _line(name: str, values: Values) -> list[str]:
+    argument = by_name()[name]
+    if argument.action == "store":
+        return [argument.flags[0], *values]
+    return flag_for(argument, values[0] == "true")
+
+
+def _variables(target: Target, groups: dict[str, list[list[str]]]) -> list[Variable]:
+    """Return the variables that the arguments use."""
+    used = {word for lines in groups.values() for line in lines for word in line}
+    about = _DATA["sft" if target.job.task == "sft" else "pretrain"]
+    first = Variable(
+        name="MEGATRON_PATH", default="/path/to/Megatron-LM", comment="a checkout of Megatron-LM"
+    )
+    rest = [v for v in _VARIABLES if f"${v.name}" in used]
+    return [first, *(replace(v, comment=about) if v.name == "DATA_PATH" else v for v in rest)]

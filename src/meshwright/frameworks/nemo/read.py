@@ -63,6 +63,8 @@ CONFIG: Final = {
         *("gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
         *("normalization", "share_embeddings_and_output_weights", "position_embedding_type"),
         *("hidden_dropout", "moe_router_enable_expert_bias", "moe_shared_expert_gate"),
+        *("masked_softmax_fusion", "gradient_accumulation_fusion", "offload_modules"),
+        *("use_transformer_engine_op_fuser", "fine_grained_activation_offloading"),
     )
 }
 REST: Final = {
@@ -78,7 +80,7 @@ REST: Final = {
 }
 NAMES: Final = {**STRATEGY, **DDP, **OVERLAP, **CONFIG, **REST}
 
-_CLASSES: Final = {
+CLASSES: Final = {
     "MegatronStrategy": "trainer.strategy",
     "FSDP2Strategy": "fsdp2_strategy",
     "DistributedDataParallelConfig": "trainer.strategy.ddp",
@@ -124,8 +126,8 @@ def read(
 def _path(path: str) -> str:
     """Return the path that a keyword argument of a class, or an override, stands at."""
     head, _, name = path.partition(".")
-    if head in _CLASSES:
-        return f"{_CLASSES[head]}.{name}"
+    if head in CLASSES:
+        return f"{CLASSES[head]}.{name}"
     if head.endswith("DataModule") or head == "DataModule":
         return f"data.{name}"
     if "Config" in head and head not in ("CheckpointConfig", "MegatronCommOverlapCallback"):

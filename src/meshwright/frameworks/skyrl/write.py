@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Final
 
 from meshwright.findings import Finding
 from meshwright.frameworks.by_path import overrides_of
+from meshwright.frameworks.carried import PLAN, Place, Unexpanded, joined, training_of
 from meshwright.frameworks.overrides_text import text_of
-from meshwright.frameworks.skyrl.read import SFT, TITLE, kwargs, names
+from meshwright.frameworks.skyrl.read import TITLE, kwargs, names
+from meshwright.frameworks.skyrl.rules import RL, SFT
 from meshwright.frameworks.words import job_words, layout_words
 from meshwright.frameworks.written import (
     Target,
@@ -16,6 +19,7 @@ from meshwright.frameworks.written import (
     absent,
     megatron_environment,
     megatron_refusals,
+    no_cuda_graphs,
     refusal,
     zero_refusal,
 )
@@ -31,6 +35,77 @@ _ABSENT: Final = {
 }
 
 
+_OPTIMIZER: Final = {
+    "lr": "optimizer_config.lr",
+    "weight_decay": "optimizer_config.weight_decay",
+    "clip_grad": "optimizer_config.max_grad_norm",
+    "lr_warmup_iters": "optimizer_config.num_warmup_steps",
+    "lr_decay_style": "optimizer_config.scheduler",
+}
+_KWARGS: Final = (
+    *("moe_pad_expert_input_to_capacity", "calculate_per_token_loss"),
+    *("fp32_residual_connection", "attention_dropout"),
+)
+_ROUTER: Final = (
+    *("moe_aux_loss_coeff", "moe_router_load_balancing_type", "moe_router_dtype"),
+    "moe_router_score_function",
+)
+TRAINING: Final = {
+    "train_iters": "num_steps",
+    **_OPTIMIZER,
+    "seed": "seed",
+    "save": "ckpt_path",
+    "save_interval": "ckpt_interval",
+    "eval_interval": "eval_interval",
+    "wandb_project": "project_name",
+    "wandb_exp_name": "run_name",
+    "async_save": f"{SFT}.async_dist_ckpt_save",
+    "model_path": "model.path",
+    **{name: f"{SFT}.{name}" for name in _ROUTER},
+    **{name: f"{SFT}.transformer_config_kwargs.{name}" for name in _KWARGS},
+}
+"""Megatron-LM's name -> the override of the SFT trainer."""
+
+FROM_DOCUMENTATION: Final = frozenset(
+    {
+        *("model.path", "dataset_name", "num_steps", "seed", "ckpt_path", "ckpt_interval"),
+        *("eval_interval", "project_name", "run_name", "model.lora.rank"),
+        *("optimizer_config.lr", "optimizer_config.weight_decay"),
+        *("optimizer_config.num_warmup_steps", "optimizer_config.scheduler"),
+        "megatron_config.optimizer_config_kwargs.optimizer_cpu_offload",
+        "megatron_config.optimizer_config_kwargs.optimizer_offload_fraction",
+    }
+)
+"""Overrides from SkyRL's documentation, which no rule or table of ours holds. What goes through
+``transformer_config_kwargs`` is a field of Megatron Core's configuration and reaches it as it is.
+"""
+
+
+@cache
+def places() -> dict[str, Place]:
+    """Return what the overrides of both trainers are called."""
+    found = {path: Place(name) for name, path in TRAINING.items()}
+    sizes = ("placement.num_nodes", "placement.num_gpus_per_node")
+    found |= dict.fromkeys(sizes, PLAN)
+    found |= dict.fromkeys(
+        (f"trainer.placement.policy_{size}" for size in ("num_nodes", "num_gpus_per_node")),
+        PLAN,
+    )
+    found |= {f"trainer.policy.{path}": Place(name) for name, path in _OPTIMIZER.items()}
+    found |= {f"{RL}.{name}": Place(name) for name in _ROUTER}
+    rest = ("seed", "ckpt_path", "ckpt_interval", "eval_interval", "project_name", "run_name")
+    found |= {f"trainer.{name}": found[name] for name in rest}
+    return {
+        **found,
+        "dataset_name": Place("dataset_name"),
+        "data.train_data": Place("train_files"),
+        "data.val_data": Place("val_files"),
+        "strategy": PLAN,
+        "trainer.strategy": PLAN,
+        "trainer.policy.model.path": Place("model_path"),
+    }
+
+
 def unsupported(target: Target) -> list[Finding]:
     """Return what SkyRL cannot express: it has no virtual stages, among others."""
     x = target.layout
@@ -40,6 +115,7 @@ def unsupported(target: Target) -> list[Finding]:
     if target.job.precision.name not in ("bf16", "fp8", "fp8-cs", "fp8-mx", "fp8-blockwise"):
         rule = f"{TITLE} trains Megatron models in bf16, with or without fp8."
         found.append(refusal("job.precision", target.job.precision.name, rule, "Use bf16."))
+    found += no_cuda_graphs(target, TITLE)
     unit = x.dp * x.cp
     if target.job.gbs % unit:
         rule = f"{TITLE} asks for a multiple of gpus/(tp*pp) = {unit}."
@@ -62,8 +138,8 @@ def write(target: Target) -> Written:
     nested |= _recompute(words)
     lines: dict[str, Any] = {
         "strategy": "megatron",
-        "model.path": "$MODEL_PATH",
-        "dataset_name": "$DATASET",
+        "model.path": Unexpanded("$MODEL_PATH"),
+        "dataset_name": Unexpanded("$DATASET"),
         "placement.num_nodes": target.nodes,
         "placement.num_gpus_per_node": target.gpus_per_node,
         "max_length": job.seq_len,
@@ -71,24 +147,40 @@ def write(target: Target) -> Written:
         "micro_train_batch_size_per_gpu": x.mbs,
         "remove_microbatch_padding": True,
         **direct,
-        **{f"+{path}": value for path, value in nested.items()},
+        **nested,
     }
     if job.task == "lora":
         lines["model.lora.rank"] = job.lora_rank
+    said = training_of(target.carried, _DEFAULTS)
+    lines |= {TRAINING[name]: v[0] if len(v) == 1 else list(v) for name, v in said.items()}
     return Written(
         program="uv run --isolated --extra megatron -m skyrl.train.main_sft",
-        arguments={"OVERRIDES": [[f"{path}={text_of(value)}"] for path, value in lines.items()]},
-        variables=(
-            Variable(
-                name="MODEL_PATH",
-                default=target.model.name,
-                comment="the Hugging Face model that is tuned",
-            ),
-            Variable(name="DATASET", default="/path/to/dataset", comment="the SFT dataset"),
-        ),
+        arguments={"OVERRIDES": [[joined(path, text_of(value))] for path, value in lines.items()]},
+        variables=[
+            v for v in _variables(target) if any(f"${v.name}" == value for value in lines.values())
+        ],
         env=megatron_environment(target),
         by_ray=True,
     )
+
+
+_DEFAULTS: Final = {
+    "train_iters": Unexpanded("$STEPS"),
+    "lr": "1.0e-5",
+    "save": Unexpanded("$CHECKPOINTS"),
+    "save_interval": "500",
+}
+
+
+def _variables(target: Target) -> list[Variable]:
+    name = target.model.name
+    model = Variable(name="MODEL_PATH", default=name, comment="the Hugging Face model to tune")
+    return [
+        model,
+        Variable(name="DATASET", default="/path/to/dataset", comment="conversations to tune on"),
+        Variable(name="CHECKPOINTS", default="checkpoints", comment="where to save"),
+        Variable(name="STEPS", default="1000", comment="optimizer steps"),
+    ]
 
 
 def _recompute(words: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any, Final
 
 from meshwright.findings import Finding
-from meshwright.frameworks.torchtitan.read import NAMES, SCHEDULES, TITLE
+from meshwright.frameworks.carried import PLAN, Carried, Place, Unexpanded, joined, training_of
+from meshwright.frameworks.torchtitan.read import DEFAULTS, NAMES, SCHEDULES, TITLE
 from meshwright.frameworks.words import DEGREES
 from meshwright.frameworks.written import (
     Target,
@@ -28,6 +30,56 @@ _ABSENT: Final = {
     "hierarchical_cp": None,
     "order": DEFAULT_ORDER,
 }
+
+
+TRAINING: Final = {
+    "train_iters": "training.steps",
+    "clip_grad": "training.max_norm",
+    "lr": "optimizer.lr",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_eps": "optimizer.eps",
+    "weight_decay": "optimizer.weight_decay",
+    "lr_warmup_iters": "lr_scheduler.warmup_steps",
+    "lr_decay_style": "lr_scheduler.decay_type",
+    "min_lr": "lr_scheduler.min_lr_factor",
+    "save": "checkpoint.folder",
+    "save_interval": "checkpoint.interval",
+    "log_interval": "metrics.log_freq",
+    "seed": "debug.seed",
+    "tokenizer_model": "hf_assets_path",
+}
+"""Megatron-LM's name -> torchtitan's option; the lowest rate is a fraction of the rate there."""
+
+FROM_DOCUMENTATION: Final = frozenset(
+    {
+        *("hf_assets_path", "training.steps", "optimizer.lr", "optimizer.beta1"),
+        *("optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "checkpoint.folder"),
+        *("lr_scheduler.warmup_steps", "lr_scheduler.decay_type", "lr_scheduler.min_lr_factor"),
+        *("checkpoint.interval", "checkpoint.enable", "metrics.log_freq", "debug.seed"),
+        "activation_checkpoint.mode",
+    }
+)
+"""Options from torchtitan's documentation, which no rule or table of ours holds."""
+
+
+@cache
+def places() -> dict[str, Place]:
+    """Return what torchtitan's options are called."""
+    found = {f"--{path}": Place(name) for name, path in TRAINING.items()}
+    plan = (*DEFAULTS, "checkpoint.enable", *_IN_PLAN)
+    return {**found, **{f"--{path}": PLAN for path in plan}}
+
+
+_IN_PLAN: Final = (
+    f"{_P}.spmd_backend",
+    f"{_P}.pipeline_parallel_layers_per_stage",
+    *("training.max_context_length", "training.num_tokens_per_microbatch_per_dp_rank"),
+    *("training.num_tokens_per_train_step", "training.mixed_precision_param"),
+    *("training.disable_cuda_graphs", "training.seq_len", "training.local_batch_size"),
+    *("training.global_batch_size", "activation_checkpoint.mode"),
+)
+"""Options that the plan says."""
 
 
 def unsupported(target: Target) -> list[Finding]:
@@ -107,25 +159,60 @@ def write(target: Target) -> Written:
         options[f"{_P}.spmd_backend"] = "spmd_types"
     module = re.split(r"[-.]", target.model.name.lower())[0]
     config = re.sub(r"[^a-z0-9]+", "_", target.model.name.lower())
+    assets = f"./assets/hf/{target.model.name}"
+    said = _training(target.carried)
     return Written(
         program='-m torchtitan.train --module "$MODULE" --config "$CONFIG"',
         arguments={
             "OPTIONS": [[_option(path, value)] for path, value in options.items()],
-            "PATHS": [["--hf_assets_path", "$ASSETS_PATH"], ["--training.steps", "$STEPS"]],
+            "TRAINING": [[_option(path, value)] for path, value in said.items()],
         },
         variables=(
             Variable(name="MODULE", default=module, comment="torchtitan's model folder"),
             Variable(name="CONFIG", default=config, comment="its configuration: model and data"),
-            Variable(
-                name="ASSETS_PATH",
-                default=f"./assets/hf/{target.model.name}",
-                comment="tokenizer and checkpoint",
+            *(
+                v
+                for v in (
+                    Variable(name="ASSETS_PATH", default=assets, comment="tokenizer, weights"),
+                    Variable(name="STEPS", default="1000", comment="optimizer steps"),
+                )
+                if f"${v.name}" in said.values()
             ),
-            Variable(name="STEPS", default="1000", comment="optimizer steps"),
         ),
         env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
         | ({"CUDA_DEVICE_MAX_CONNECTIONS": "32"} if x.tp > 1 else {}),
+        remarks=_remarks(x),
     )
+
+
+def _remarks(x: Layout[int]) -> list[str]:
+    if not x.recompute:
+        return []
+    return [
+        "Where the configuration chooses recomputation by a class, use FullAC there and leave"
+        " --activation_checkpoint.mode out."
+    ]
+
+
+def _training(carried: Carried) -> dict[str, Any]:
+    """Return the options of training; a lowest rate becomes a fraction of the rate."""
+    defaults = {
+        "tokenizer_model": Unexpanded("$ASSETS_PATH"),
+        "train_iters": Unexpanded("$STEPS"),
+        "save_interval": "500",
+    }
+    said = {name: values[0] for name, values in training_of(carried, defaults).items()}
+    if "min_lr" in said:
+        said["min_lr"] = _fraction(said["min_lr"], said.get("lr", ""))
+    options: dict[str, Any] = {TRAINING[name]: value for name, value in said.items() if value}
+    return options | {"checkpoint.enable": True}
+
+
+def _fraction(lowest: str, rate: str) -> str:
+    try:
+        return f"{float(lowest) / float(rate):.6g}"
+    except (ValueError, ZeroDivisionError):
+        return ""
 
 
 def _data_parallel(x: Layout[int]) -> dict[str, Any]:
@@ -155,6 +242,6 @@ def _pipeline(target: Target) -> dict[str, Any]:
 def _option(path: str, value: Any) -> str:
     """Return an option; a switch is ``--section.name``, or ``--section.no_name`` when off."""
     if not isinstance(value, bool):
-        return f"--{path}={value}"
+        return joined(f"--{path}", value if isinstance(value, str) else str(value))
     section, _, name = path.rpartition(".")
     return f"--{path}" if value else f"--{section}.no_{name}"
