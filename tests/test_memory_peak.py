@@ -13,6 +13,7 @@ from meshwright.describe.decoder import build_decoder
 from meshwright.describe.facts import Attention, Decoder, Layer, Mamba, Mlp
 from meshwright.describe.job import Execution, Job, precision
 from meshwright.describe.model import Model
+from meshwright.describe.models import load_model
 from meshwright.parallel.layout import Layout, Zero, layout
 
 MIB = 2.0**20
@@ -224,3 +225,18 @@ def test_the_logits_are_gone_when_wide_layers_run_backward() -> None:
     (rank,) = priced(layout(gpus=8, mbs=4), model=gpt(layers=(wide,))).stages
     assert rank["logits_bytes"] == 0
     assert rank["backward_peak_bytes"] > rank["forward_peak_bytes"]
+
+
+def test_free_routing_holds_half_as_many_routed_tokens_again_on_the_fullest_rank() -> None:
+    model = load_model("mixtral-8x7b")
+    x = layout(gpus=8, ep=8, mbs=1)
+
+    def kept(**changes: Any) -> float:
+        execution = replace(Execution(), **changes)
+        return estimate(
+            model, load_cluster("8xH100"), Job(seq_len=4096, gbs=8, execution=execution), x
+        ).stages[0]["forward_peak_bytes"]
+
+    # A capacity factor scales routed tokens and nothing else.
+    routed = kept(capacity_factor=2.0) - kept()
+    assert kept(forced_balance=False) - kept() == pytest.approx(routed / 2, rel=1e-9)

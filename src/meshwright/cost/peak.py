@@ -34,6 +34,7 @@ class HeldBytes:
     logits: Floats
     loss_forward: Floats
     working: Floats
+    back: Floats
     message: Floats
     is_full: NDArray[np.bool_]
 
@@ -81,7 +82,7 @@ def running_bytes(
         layers = alive + _largest(needs) if splits else _largest(again + needs)
         alive = np.minimum(alive, layers)
         gone, gone_logits = heads * b.kept[:, head], heads * b.logits[:, head]
-        first = at_head * float(heads > 0)
+        first = (at_head + _largest(b.back * layers_present)) * float(heads > 0)
         deeper = (layers - gone > first) & (phase != "forward")
         yield Running(
             activations=activations - losses + np.where(deeper, alive - gone + gone_logits, 0.0),

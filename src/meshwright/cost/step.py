@@ -84,6 +84,7 @@ class Priced:
     logits: Floats
     loss_forward: Floats
     working: Floats
+    back: Floats
     placeholders: Placeholders
     dense_params: Floats
     expert_params: Floats
@@ -122,6 +123,7 @@ def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors
         logits=np.stack([s.logits for s in sizes], axis=1),
         loss_forward=sizes[len(model.layer_kinds) + 1].forward,
         working=np.stack([s.working for s in sizes], axis=1),
+        back=np.stack([s.back for s in sizes], axis=1),
         placeholders=placeholder_bytes(blocks, p),
         dense_params=dense,
         expert_params=expert,
@@ -304,6 +306,7 @@ def memory_of_candidates(
         logits=p.logits[at],
         loss_forward=p.loss_forward[at],
         working=p.working[at],
+        back=p.back[at],
         message=p.message_bytes[at],
         is_full=p.is_full[at],
     )

@@ -127,6 +127,10 @@ def _micro_batch(gbs: int | None, dp: int, pp: int, seq_len: int) -> int:
 
 def _chunks(s: Settings, model: Model, pp: int, num_microbatches: int) -> int:
     value = s.number("vpp")
+    bars = _hybrid_stages(s)
+    if bars and pp > 1 and len(bars) % pp == 0:
+        # Bars in the pattern of a hybrid model part its stages, chunks included.
+        value = len(bars) // pp
     if value is not None and value >= 1:
         if pp * value > MOST_GPUS:
             raise LayoutError(
@@ -298,10 +302,17 @@ def _placement(s: Settings, model: Model, d: Degrees) -> Hints:
     return {"pipeline_layout": most_even_layout(model, d.pp * d.vpp)}
 
 
+def _hybrid_stages(s: Settings) -> list[int]:
+    """Return how many layers the bars of a hybrid pattern give each stage; none without bars."""
+    main = s.text("hybrid_layer_pattern").partition("/")[0]
+    return [len(stage) for stage in main.split("|")] if "|" in main else []
+
+
 def _pipeline_layout(s: Settings) -> str | None:
     text = s.find("pipeline_model_parallel_layout")
     if not isinstance(text, str) or not text.strip():
-        return None
+        stages = _hybrid_stages(s)
+        return "E" + "|".join("t" * n for n in stages) + "L" if stages else None
     # "(t*4)x14" is written for 14 stages of "t*4".
     return re.sub(r"\(([^()|]*)\)x(\d+)\|?", r"(\1|)*\2", text)
 
