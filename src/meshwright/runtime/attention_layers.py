@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from meshwright.parallel.layout import Recompute
 from meshwright.runtime.context import Context
-from meshwright.runtime.layers import Linear, RmsNorm, residual_std, rotate
+from meshwright.runtime.layers import (
+    Linear,
+    RmsNorm,
+    enter_and_project,
+    residual_std,
+    rotate,
+)
 from meshwright.runtime.parameters import Partial
 from meshwright.runtime.tensor_parallel import enter, leave
 
@@ -91,8 +97,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Return the branch's output for the tokens here."""
         context = self.context
-        x = enter(x, context.groups.tp, sp=context.sp)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = enter_and_project(context, x, self.q_proj, self.k_proj, self.v_proj)
         if self.q_norm and self.k_norm and context.shape.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = to_heads(q, self.heads), to_heads(k, self.kv_heads), to_heads(v, self.kv_heads)
@@ -156,11 +161,11 @@ class LatentAttention(nn.Module):
         )
 
     def _query(self, x: Tensor) -> Tensor:
-        tp, sp = self.context.groups.tp, self.context.sp
         if self.q_proj is not None:
-            return self.q_proj(enter(x, tp, sp=sp))
+            return enter_and_project(self.context, x, self.q_proj)[0]
         assert self.q_a_proj is not None
-        return self.q_b_proj(enter(self.q_a_layernorm(self.q_a_proj(x)), tp, sp=sp))
+        compressed = self.q_a_layernorm(self.q_a_proj(x))
+        return enter_and_project(self.context, compressed, self.q_b_proj)[0]
 
     def _up(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         mla, context = self.mla, self.context

@@ -22,6 +22,9 @@ from meshwright.runtime.groups import Group
 WHOLE_BYTES = 65536
 """Up to here an all-reduce sends whole tensors to everybody: one round instead of two."""
 
+Combine = Callable[..., Tensor]
+"""``torch.add`` or ``torch.maximum``, which give both ranks of a pair the same bits."""
+
 _Into = Callable[..., Any]
 
 
@@ -70,12 +73,28 @@ def start_all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Pe
         work = dist.all_reduce(x, op=op, group=group.handle, async_op=True)
         return Pending((work,), lambda: x)
     combine = torch.maximum if op == dist.ReduceOp.MAX else torch.add
-    if group.size == 2 or x.numel() * x.element_size() <= WHOLE_BYTES:
+    if group.size == 2:
+        return _reduce_pair(x, x, group, combine)
+    if x.numel() * x.element_size() <= WHOLE_BYTES:
         return _reduce_whole(x, group, combine)
     return _reduce_pieces(x, group, combine)
 
 
-def _reduce_whole(x: Tensor, group: Group, combine: Callable[[Tensor, Tensor], Tensor]) -> Pending:
+def start_sum(x: Tensor, group: Group) -> Pending:
+    """Begin to add up over ranks into a new tensor."""
+    x = x.contiguous()
+    if group.direct and group.size == 2:
+        return _reduce_pair(x, None, group, torch.add)
+    return start_all_reduce(x.clone(), group)
+
+
+def _reduce_pair(x: Tensor, out: Tensor | None, group: Group, combine: Combine) -> Pending:
+    arrived = torch.empty_like(x)
+    works = _exchange([x, x], [arrived, arrived], group)
+    return Pending(works, lambda: combine(x, arrived, out=out))
+
+
+def _reduce_whole(x: Tensor, group: Group, combine: Combine) -> Pending:
     arrived = [torch.empty_like(x) for _ in group.ranks]
     works = _exchange([x] * group.size, arrived, group)
     arrived[group.index] = x
@@ -86,7 +105,7 @@ def _reduce_whole(x: Tensor, group: Group, combine: Callable[[Tensor, Tensor], T
     return Pending(works, finish)
 
 
-def _reduce_pieces(x: Tensor, group: Group, combine: Callable[[Tensor, Tensor], Tensor]) -> Pending:
+def _reduce_pieces(x: Tensor, group: Group, combine: Combine) -> Pending:
     pieces = list(x.view(-1).tensor_split(group.size))
     mine = pieces[group.index]
     arrived = [torch.empty_like(mine) for _ in group.ranks]
@@ -102,7 +121,7 @@ def _reduce_pieces(x: Tensor, group: Group, combine: Callable[[Tensor, Tensor], 
     return Pending(works, finish)
 
 
-def _combined(parts: list[Tensor], combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _combined(parts: list[Tensor], combine: Combine) -> Tensor:
     # In the order of ranks on every rank, so that copies stay equal to the last bit.
     total = parts[0]
     for part in parts[1:]:

@@ -15,7 +15,7 @@ from meshwright.parallel.layout import CpComm, Layout, Recompute
 from meshwright.runtime.context_parallel import ContextAttention
 from meshwright.runtime.groups import Groups
 from meshwright.runtime.shape import ModelShape
-from meshwright.runtime.tensor_parallel import WeightGradients
+from meshwright.runtime.tensor_parallel import Region, WeightGradients
 
 BUCKET_BYTES = 25 * 2**20
 """As of PyTorch's data parallelism (Li et al., arXiv:2006.15704)."""
@@ -46,12 +46,23 @@ class Context:
         return bool(self.layout.sp) and self.layout.tp > 1
 
     @property
+    def region(self) -> Region:
+        """How tensor-parallel regions are entered."""
+        return Region(
+            group=self.groups.tp,
+            sp=self.sp,
+            overlap=self.execution.overlap_tp_comm,
+            later=self.later,
+        )
+
+    @property
     def attention(self) -> ContextAttention:
         """Attention over the sequence as context parallelism spreads it."""
         return ContextAttention(
             comm=CpComm(self.layout.cp_comm),
             inner=self.groups.cp_inner,
             outer=self.groups.cp_outer,
+            overlap=self.execution.overlap_cp_comm,
         )
 
     def recomputed(self, module: Recompute, function: Callable[..., Any], *args: Any) -> Any:

@@ -21,9 +21,8 @@ from meshwright.runtime.expert_parallel import Moe
 from meshwright.runtime.layers import Linear, Mlp, RmsNorm
 from meshwright.runtime.parameters import Box, parameter
 from meshwright.runtime.tensor_parallel import (
-    enter,
+    enter_linear,
     leave,
-    linear,
     vocab_parallel_cross_entropy,
     vocab_parallel_embedding,
 )
@@ -90,6 +89,7 @@ class Vocabulary(nn.Module):
             offsets=(self.first_row, 0),
             std=shape.initializer_range,
             tied=tied,
+            reused=shape.tie_word_embeddings or shape.mtp_layers > 0,
             counted=counted,
         )
         self.weight = parameter(box, (rows, shape.hidden_size), context.dtype)
@@ -108,8 +108,7 @@ class Vocabulary(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of the words whose rows are here, for all tokens of the TP group."""
-        x = enter(x, self.context.groups.tp, sp=self.context.sp)
-        return linear(x, self.weight, None, self.context.later)
+        return enter_linear(x, self.context.region, [self.weight], [None])[0]
 
 
 class MtpLayer(nn.Module):

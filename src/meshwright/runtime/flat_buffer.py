@@ -96,6 +96,9 @@ class FlatBuffer:
             member.data = view
             if member.requires_grad:
                 member.receive_gradient = partial(self.receive, index)
+                if not member.box.reused:
+                    # Autograd adds up the gradients of several uses; then they come at once.
+                    member.receive_product = partial(self.receive_product, index)
                 member.register_post_accumulate_grad_hook(self._take_gradient)
         self._make_ranges()
 
@@ -135,14 +138,33 @@ class FlatBuffer:
 
     def receive(self, index: int, grad: Tensor) -> None:
         """Add a member's gradient; the last one awaited makes the buffer complete."""
-        if self.grad is None:
-            self.grad = torch.empty(self.numel, dtype=self.master.dtype, device=self.master.device)
-        view = self._view(self.grad, index)
+        view = self._view(self._whole_gradient(), index)
         if index in self.touched:
             view.add_(grad)
         else:
             view.copy_(grad)
-            self.touched.add(index)
+        self._note(index)
+
+    def receive_product(self, index: int, left: Tensor, right: Tensor) -> None:
+        """Add the gradient ``left.T @ right`` of a matrix, computed in its place."""
+        whole = self._whole_gradient()
+        if left.dtype != whole.dtype:
+            self.receive(index, left.T @ right)
+            return
+        view = self._view(whole, index)
+        if index in self.touched:
+            view.addmm_(left.T, right)
+        else:
+            torch.mm(left.T, right, out=view)
+        self._note(index)
+
+    def _whole_gradient(self) -> Tensor:
+        if self.grad is None:
+            self.grad = torch.empty(self.numel, dtype=self.master.dtype, device=self.master.device)
+        return self.grad
+
+    def _note(self, index: int) -> None:
+        self.touched.add(index)
         if self.when_complete is not None:
             self.awaited.discard(index)
             if not self.awaited:

@@ -22,7 +22,7 @@ from meshwright.runtime.context import Context
 from meshwright.runtime.groups import Group
 from meshwright.runtime.parameters import Box, Partial, ShardedParameter, parameter
 from meshwright.runtime.shape import Rope, yarn_mscale
-from meshwright.runtime.tensor_parallel import enter, leave, linear, sum_over
+from meshwright.runtime.tensor_parallel import enter, enter_linear, leave, linear, sum_over
 
 
 class Linear(nn.Module):
@@ -97,6 +97,15 @@ class Linear(nn.Module):
     def add_bias(self, y: Tensor) -> Tensor:
         """Add the bias of a row-parallel layer to the reduced output."""
         return y if self.bias is None else y + self.bias
+
+
+def enter_and_project(context: Context, x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """Enter a tensor-parallel region and apply column-parallel layers, all to the same input."""
+    if any(layer.lora is not None for layer in layers):
+        x = enter(x, context.groups.tp, sp=context.sp)
+        return tuple(layer(x) for layer in layers)
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return enter_linear(x, context.region, weights, biases)
 
 
 class LowRank(nn.Module):
@@ -280,8 +289,8 @@ class Mlp(nn.Module):
 
     def _compute(self, x: Tensor) -> Tensor:
         tp, sp = self.context.groups.tp, self.context.sp
-        x = enter(x, tp, sp=sp)
-        out = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = enter_and_project(self.context, x, self.gate_proj, self.up_proj)
+        out = self.down_proj(F.silu(gate) * up)
         return self.down_proj.add_bias(leave(out, tp, sp=sp))
 
 

@@ -32,7 +32,8 @@ class Box:
 
     ``shape`` is the global shape; the local part starts at ``offsets`` and may run past the end
     of dim 0 (vocabulary padding). ``expert`` parameters live on the expert mesh. ``tied`` marks
-    a table that other pipeline ranks hold too, ``adapter`` a part of a low-rank change.
+    a table that other pipeline ranks hold too, ``reused`` one that a forward pass uses more than
+    once, ``adapter`` a part of a low-rank change.
     ``counted`` is true for one of all equal copies.
     """
 
@@ -44,16 +45,22 @@ class Box:
     expert: bool = False
     partial: Partial = ""
     tied: bool = False
+    reused: bool = False
     adapter: bool = False
     counted: bool = True
     decay: bool = True
 
 
 class ShardedParameter(nn.Parameter):
-    """A parameter with its ``box``; ``receive_gradient`` is set by data parallelism."""
+    """A parameter with its ``box``.
+
+    Data parallelism sets where gradients go: ``receive_gradient`` takes one, ``receive_product``
+    the factors of one, ``left.T @ right``.
+    """
 
     box: Box
     receive_gradient: Callable[[Tensor], None]
+    receive_product: Callable[[Tensor, Tensor], None]
 
 
 def parameter(box: Box, local_shape: tuple[int, ...], dtype: torch.dtype) -> ShardedParameter:

@@ -12,7 +12,8 @@ Shapes: s tokens of the sequence on this rank, b sequences, h features, V vocabu
 # pyright: reportUnknownArgumentType=false, reportIncompatibleMethodOverride=false
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from meshwright.runtime.collectives import all_gather, all_reduce, own_block, reduce_scatter
+from meshwright.runtime.collectives import (
+    Pending,
+    all_gather,
+    all_reduce,
+    own_block,
+    reduce_scatter,
+    start_all_reduce,
+    start_reduce_scatter,
+    start_sum,
+)
 from meshwright.runtime.groups import Group
 
 
@@ -49,7 +59,7 @@ def _same(x: Tensor, group: Group) -> Tensor:
 
 
 def _reduced(x: Tensor, group: Group) -> Tensor:
-    return all_reduce(x.clone(memory_format=torch.contiguous_format), group)
+    return start_sum(x, group).wait()
 
 
 def enter(x: Tensor, group: Group, *, sp: bool) -> Tensor:
@@ -119,39 +129,123 @@ def accumulate(parameter: Tensor, grad: Tensor) -> None:
         parameter.grad += grad
 
 
-class _SplitLinear(Function):
-    """``x @ weight.T`` whose weight gradient can wait."""
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _weight_gradient(
+    weight: Tensor, grad: Tensor, x: Tensor, later: WeightGradients | None
+) -> Tensor | None:
+    """Return the gradient ``grad.T @ x`` of a weight, unless it goes where gradients are kept."""
+    receive = getattr(weight, "receive_product", None)
+    if later is not None and later.deferring:
+        if receive is None:
+            later.queue.append(lambda: accumulate(weight, _rows(grad).T @ _rows(x)))
+        else:
+            later.queue.append(lambda: receive(_rows(grad), _rows(x)))
+        return None
+    if receive is None:
+        return _rows(grad).T @ _rows(x)
+    with torch.no_grad():
+        receive(_rows(grad), _rows(x))
+    return None
+
+
+class _Linear(Function):
+    """``x @ weight.T + bias`` whose weight gradient can wait and is computed where it is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, later: WeightGradients) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.later, ctx.weight = later, weight
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-
-        def weight_gradient() -> Tensor:
-            return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-
-        if not ctx.needs_input_grad[1]:
-            return grad @ weight, None, None
-        if ctx.later.deferring:
-            parameter = ctx.weight
-            ctx.later.queue.append(lambda: accumulate(parameter, weight_gradient()))
-            return grad @ weight, None, None
-        return grad @ weight, weight_gradient(), None
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        return (
+            grad @ weight if of_x else None,
+            _weight_gradient(ctx.weight, grad, x, ctx.later) if of_weight else None,
+            _rows(grad).sum(0) if of_bias else None,
+            None,
+        )
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, later: WeightGradients | None = None
 ) -> Tensor:
     """Return ``x @ weight.T + bias``. ``later`` allows the weight gradient to be put off."""
-    if later is None:
+    if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    y = _SplitLinear.apply(x, weight, later)
-    return y if bias is None else y + bias
+    return _Linear.apply(x, weight, bias, later)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """A tensor-parallel region: its ranks, whether tokens are divided outside of it (``sp``),
+    whether its communication runs beside compute where it can."""
+
+    group: Group
+    sp: bool
+    overlap: bool
+    later: WeightGradients | None
+
+
+class _EnterLinear(Function):
+    """Enter a region and multiply by several weights.
+
+    Backward computes the input gradient first; while that is summed over the ranks, the weight
+    gradients are computed (Megatron-LM's asynchronous gradient all-reduce, arXiv:2205.05198).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, region: Region, *parameters: Any) -> tuple[Tensor, ...]:
+        count = len(parameters) // 2
+        weights, biases = parameters[:count], parameters[count:]
+        whole = all_gather(x, region.group) if region.sp else x
+        ctx.save_for_backward(whole, *weights)
+        ctx.region, ctx.weights = region, weights
+        return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        region: Region = ctx.region
+        x, *weights = ctx.saved_tensors
+        pending: Pending | None = None
+        input_gradient: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            total = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                _rows(total).addmm_(_rows(grad), weight)
+            start = start_reduce_scatter if region.sp else start_all_reduce
+            pending = start(total, region.group)
+            if not region.overlap:
+                input_gradient, pending = pending.wait(), None
+        _, _, *needed = ctx.needs_input_grad
+        of_weights = [
+            _weight_gradient(weight, grad, x, region.later) if need else None
+            for weight, grad, need in zip(ctx.weights, grads, needed, strict=False)
+        ]
+        of_biases = [
+            _rows(grad).sum(0) if need else None
+            for grad, need in zip(grads, needed[len(grads) :], strict=True)
+        ]
+        if pending is not None:
+            input_gradient = pending.wait()
+        return input_gradient, None, *of_weights, *of_biases
+
+
+def enter_linear(
+    x: Tensor, region: Region, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Enter a tensor-parallel region and return ``x @ weight.T + bias`` for every weight."""
+    if region.group.size == 1:
+        pairs = zip(weights, biases, strict=True)
+        return tuple(linear(x, w, b, region.later) for w, b in pairs)
+    return _EnterLinear.apply(x, region, *weights, *biases)
 
 
 def vocab_parallel_embedding(tokens: Tensor, table_Vh: Tensor, first_row: int) -> Tensor:
@@ -168,12 +262,12 @@ class _VocabParallelCrossEntropy(Function):
         wide = logits.double() if logits.dtype == torch.float64 else logits.float()
         top = all_reduce(wide.amax(dim=-1), group, dist.ReduceOp.MAX)
         exp = (wide - top.unsqueeze(-1)).exp()
-        total = all_reduce(exp.sum(dim=-1), group)
         local = labels - first_row
         here = (local >= 0) & (local < logits.shape[-1])
         index = torch.where(here, local, 0).unsqueeze(-1)
         own = wide.gather(-1, index).squeeze(-1)
-        label_logit = all_reduce(torch.where(here, own, 0.0), group)
+        sums = torch.stack([exp.sum(dim=-1), torch.where(here, own, 0.0)])
+        total, label_logit = all_reduce(sums, group).unbind(0)
         ctx.save_for_backward(exp, total, index, here)
         ctx.dtype = logits.dtype
         return total.log() + top - label_logit
@@ -192,7 +286,7 @@ def vocab_parallel_cross_entropy(
     """Return the cross-entropy per token, ``[s, b]``, in float32 (float64 for float64 logits).
 
     Each rank holds the logits of ``num_rows`` words from ``first_row``; columns past ``num_rows``
-    are padding. Three small all-reduces: maximum, sum of exponentials, the label's logit.
+    are padding. Two small all-reduces: the maximum; the sum of exponentials with the label's logit.
     Ref: Megatron-LM, arXiv:1909.08053, section 3.
     """
     if group.size == 1:
