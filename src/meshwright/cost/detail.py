@@ -33,7 +33,7 @@ from meshwright.parallel.layout import Layout, table
 
 BAND_FRACTION = 0.06
 """Half-width of "borderline" around the capacity. Of the measured runs that allocate more than
-20 GB one in ten lies more than 5.3% above its prediction (docs/accuracy.md)."""
+20 GB 6 in 100 lie more than this above their prediction (docs/accuracy.md)."""
 
 TIME_TERMS = (
     "compute_s",
