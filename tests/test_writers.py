@@ -16,7 +16,10 @@ from meshwright.describe.cluster import load_cluster
 from meshwright.describe.job import Job, job
 from meshwright.describe.model import Model
 from meshwright.errors import LaunchError
+from meshwright.frameworks.convert import convert
 from meshwright.frameworks.launch import FRAMEWORKS
+from meshwright.frameworks.read import read_launch
+from meshwright.frameworks.resize import resize
 from meshwright.frameworks.write import launch_files, unsupported
 from meshwright.parallel.layout import Layout, Zero, from_text
 
@@ -157,3 +160,93 @@ def test_written_files_are_as_reviewed(framework: str) -> None:
     files = launch_files(model, cluster, job(seq_len=4096, gbs=64), x, framework, "slurm")
     for name, text in files.items():
         assert (GOLDEN / framework / name).read_text() == text
+
+
+LAUNCH = """
+#!/bin/bash
+#SBATCH --nodes=4 --gpus-per-node=8
+export NCCL_IB_HCA=mlx5
+TP=4
+ARGS=(
+  --tensor-model-parallel-size ${TP} --pipeline-model-parallel-size 2 --sequence-parallel
+  --num-layers 32 --hidden-size 4096 --num-attention-heads 32 --vocab-size 32000
+  --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 1 --global-batch-size 64
+  --use-distributed-optimizer --bf16 --train-samples 6400 --lr 1e-4 --lr-warmup-fraction 0.1
+  --data-path 0.5 /data/a 0.5 ${DATA_PATH} --split 98,2,0 --tokenizer-type HuggingFaceTokenizer
+  --tokenizer-model /tok --save $CKPT/run --load $CKPT/run --save-interval 50 --seed 7
+  --moe-router-dtype fp32 --wandb-project p --log-throughput --no-check-for-nan-in-loss-and-grad
+)
+torchrun --nproc_per_node 8 --nnodes 4 pretrain_gpt.py ${ARGS[@]} $EXTRA_ARGS --adam-eps 1e-9
+"""
+
+
+def test_data_tokenizer_checkpoints_and_optimizer_are_carried_where_they_have_a_counterpart(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "run.sh"
+    source.write_text(LAUNCH)
+    bridge = convert(source, "megatron-bridge").files["run.sh"]
+    for line in (
+        '"dataset.data_path=[\\"0.5\\", \\"/data/a\\", \\"0.5\\", \\"${DATA_PATH}\\"]"',
+        "tokenizer.tokenizer_model=/tok",
+        '"checkpoint.load=$CKPT/run"',
+        "checkpoint.save_interval=50",
+        "train.train_samples=6400",
+        "scheduler.lr_warmup_fraction=0.1",
+        "optimizer.adam_eps=1e-9",
+        "rng.seed=7",
+        "logger.wandb_project=p",
+        "rerun_state_machine.check_for_nan_in_loss=false",
+        "export NCCL_IB_HCA=mlx5",
+    ):
+        assert line in bridge, line
+    nemo = convert(source, "nemo").files["pretrain.py"]
+    assert "paths=['0.5', '/data/a', '0.5', os.path.expandvars('${DATA_PATH}')]" in nemo
+    assert "max_steps=100" in nemo
+    assert "warmup_steps=10" in nemo
+    assert "lr=1e-4" in nemo
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_everything_a_launch_says_is_in_its_plan_or_carried_or_named(
+    framework: str, tmp_path: Path
+) -> None:
+    """Law: no argument is dropped without a word."""
+    source = tmp_path / "run.sh"
+    source.write_text(LAUNCH)
+    changes = ["zero=optim_grads_params", "recompute=none"] if framework == "torchtitan" else []
+    done = convert(source, framework, changes=changes, model="llama-2-7b")
+    lost = " ".join(done.carried.lost)
+    carried = done.carried.training
+    kept = [word for line in done.carried.own for word in line]
+    for flag, name in (
+        ("--data-path", "data_path"),
+        ("--tokenizer-model", "tokenizer_model"),
+        ("--load", "load"),
+        ("--seed", "seed"),
+        ("--moe-router-dtype", "moe_router_dtype"),
+        ("--wandb-project", "wandb_project"),
+        ("--adam-eps", "adam_eps"),
+        ("--log-throughput", "log_throughput"),
+    ):
+        assert (flag in lost) != (name in carried), flag
+        assert flag not in lost or flag in " ".join(done.files[next(iter(done.files))].split())
+    assert ("$EXTRA_ARGS" in lost) != ("$EXTRA_ARGS" in kept)
+
+
+def test_a_resized_launch_keeps_every_argument_that_its_layout_does_not_change(
+    tmp_path: Path,
+) -> None:
+    """Law: what was given is given again; nothing is added."""
+    source = tmp_path / "run.sh"
+    source.write_text(LAUNCH)
+    text = resize(source, 16).files["run.sh"]
+    (tmp_path / "again.sh").write_text(text)
+    before, after = (read_launch(tmp_path / name) for name in ("run.sh", "again.sh"))
+    moved = {s for s in before.words if before.words[s] != after.words.get(s)}
+    assert moved == set()
+    for kept in ("--lr 1e-4", "--seed 7", "--adam-eps 1e-9", "${EXTRA_ARGS:-}", '--save "$CKPT'):
+        assert kept in text, kept
+    for added in ("--weight-decay", "--min-lr", "--clip-grad"):
+        assert added not in text
+    assert after.gpus == 16

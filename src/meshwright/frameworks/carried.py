@@ -70,10 +70,11 @@ MODEL_WORDS: Final = frozenset(
 
 @dataclass(frozen=True)
 class Place:
-    """What a flag or path is called, and what it says when no value follows it."""
+    """What a flag or path is called, what it says alone, and how many values may follow it."""
 
     name: str
     bare: str = "true"
+    most: int = 1
 
 
 PLAN: Final = Place("plan")
@@ -99,17 +100,23 @@ class Argument:
 class Carried:
     """What a launch says besides its plan.
 
-    ``training`` are values by Megatron-LM's name, ``env`` the variables that the script exports,
-    ``lost`` what is not carried, each with the reason.
+    ``training`` are values by Megatron-LM's name, ``own`` arguments that stay as they are because
+    the framework stays, ``program`` those that choose its configuration; ``whole``: nothing is to
+    be added to them. ``env`` are the variables that the script exports, ``lost`` what is not
+    carried, each with the reason.
     """
 
     training: Mapping[str, Values] = field(default_factory=dict[str, Values])
+    own: Sequence[Sequence[str]] = ()
+    whole: bool = False
+    program: Mapping[str, str] = field(default_factory=dict[str, str])
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     lost: Sequence[str] = ()
 
     def outside(self) -> list[str]:
         """Return the variables that carried values take from outside the script."""
-        text = " ".join(v for values in self.training.values() for v in values)
+        lines = (*self.training.values(), *self.own)
+        text = " ".join(v for values in lines for v in values)
         return sorted(set(re.findall(r"\$\{?([A-Za-z_]\w*)", text)))
 
 
@@ -124,8 +131,11 @@ def joined(path: str, value: str, sign: str = "=") -> str:
     return Unexpanded(made) if isinstance(value, Unexpanded) else made
 
 
-def arguments_of(launch: Launch) -> list[Argument]:
-    """Return the arguments of a launch in order; what is neither flag nor path stands alone."""
+def arguments_of(launch: Launch, places: Mapping[str, Place] | None = None) -> list[Argument]:
+    """Return the arguments of a launch in order; what is neither flag nor path stands alone.
+
+    A flag takes as many values as its place says; an unknown one all that follow.
+    """
     words = launch.given or tuple(Word(item, 0) for item in launch.argv)
     by_path = launch.framework not in ("megatron-lm", "torchtitan")
     found: list[Argument] = []
@@ -144,7 +154,8 @@ def arguments_of(launch: Launch) -> list[Argument]:
             values = (Word(value, word.line, word.variables, word.unknown),)
             found.append(Argument(key=name, values=values, words=(word,)))
         else:
-            most = 1 if by_path else len(words)
+            place = (places or {}).get(name)
+            most = 1 if by_path else len(words) if place is None else place.most
             while end < len(words) and end - at <= most and _is_value(words[end], by_path):
                 end += 1
             values = words[at + 1 : end]
@@ -217,12 +228,15 @@ def carry(
     plan = plan_keys(launch) | _PROGRAM
     known = set(target)
     said: dict[str, tuple[Argument, Values]] = {}
+    own: list[list[str]] = []
     lost: list[str] = []
-    for argument in arguments_of(launch):
+    for argument in arguments_of(launch, source):
         place = source.get(argument.key)
         if _in_plan(argument.key, place, plan):
             continue
-        if place is None:
+        if place is None and launch.framework == to != "nemo":
+            own.append([text(word) for word in argument.words])
+        elif place is None:
             lost.append(_shown(argument) + _why_unnamed(argument, to))
         else:
             values = tuple(map(text, argument.values)) or (place.bare,)
@@ -234,7 +248,20 @@ def carry(
         if why and not _replaced(name, training, known):
             lost.append(_shown(argument) + why)
     kept = {n: v for n, v in training.items() if not _why_not(launch.framework, to, n, known)}
-    return Carried(training=kept, env=launch.env, lost=lost)
+    same = launch.framework == to
+    return Carried(
+        training=kept,
+        own=own,
+        whole=same,
+        program=_program(launch) if same else {},
+        env=launch.env,
+        lost=lost,
+    )
+
+
+def _program(launch: Launch) -> dict[str, str]:
+    found = (a for a in arguments_of(launch) if a.key in _PROGRAM and a.values)
+    return {a.key: text(a.values[0]) for a in found}
 
 
 def _in_plan(key: str, place: Place | None, plan: set[str]) -> bool:
@@ -321,6 +348,8 @@ _GROUPS: Final = (
 def training_of(carried: Carried, defaults: Mapping[str, str]) -> dict[str, Values]:
     """Return the defaults of a writer, replaced and joined by what is carried."""
     given = carried.training
+    if carried.whole:
+        return dict(given)
     kept = {
         name: (value,)
         for name, value in defaults.items()

@@ -11,9 +11,10 @@ from meshwright.describe.job import Job
 from meshwright.describe.model import Model
 from meshwright.errors import LaunchError, MeshwrightError
 from meshwright.findings import Finding
+from meshwright.frameworks.carried import Carried, carry
 from meshwright.frameworks.check import CheckResult, check
 from meshwright.frameworks.launch import TITLES
-from meshwright.frameworks.write import launch_files
+from meshwright.frameworks.write import counterparts, launch_files, places
 from meshwright.parallel.layout import Layout, from_text, to_dict, to_text
 
 
@@ -25,6 +26,7 @@ class Converted:
     framework: str
     layout: Layout[int]
     files: dict[str, str]
+    carried: Carried
     notes: list[str]
 
     @property
@@ -39,6 +41,8 @@ class Converted:
             "framework": self.framework,
             "layout": to_dict(self.layout),
             "files": self.files,
+            "carried": {name: list(v) for name, v in self.carried.training.items()},
+            "not_carried": list(self.carried.lost),
             "notes": self.notes,
             "findings": [f.to_dict() for f in self.findings],
             "unread": list(self.read.unread),
@@ -77,10 +81,22 @@ def convert(
     read = check(source, gpus=gpus, cluster=cluster, framework=framework)
     known = known_of(read, model)
     layout = with_changes(known.layout, changes)
-    files = launch_files(known.model, read.cluster, known.job, layout, to, launcher)
+    carried = carried_to(read, known, to)
+    files = launch_files(known.model, read.cluster, known.job, layout, to, launcher, carried)
     return Converted(
-        read=read, framework=to, layout=layout, files=files, notes=_notes(read, known, to)
+        read=read,
+        framework=to,
+        layout=layout,
+        files=files,
+        carried=carried,
+        notes=_notes(read, known, to, carried),
     )
+
+
+def carried_to(read: CheckResult, known: Known, to: str) -> Carried:
+    """Return what the launch says besides its plan that a framework can be told."""
+    launch = read.launch
+    return carry(launch, to, places(launch.framework), counterparts(to), known.job.gbs)
 
 
 def known_of(read: CheckResult, model: str | None = None) -> Known:
@@ -127,15 +143,12 @@ def with_changes(x: Layout[int], changes: Sequence[str]) -> Layout[int]:
     return from_text(" ".join(f"{k}={v}" for k, v in items.items()), x.world_size)
 
 
-def _notes(read: CheckResult, known: Known, to: str) -> list[str]:
+def _notes(read: CheckResult, known: Known, to: str, carried: Carried) -> list[str]:
     notes: list[str] = []
     if to in ("skyrl", "verl") and known.job.task == "pretrain":
         trains = "a model by SFT" if to == "skyrl" else "a policy by GRPO"
         notes.append(f"{TITLES[to]} trains {trains}: layout and batch are kept, the task is not.")
-    if read.launch.framework != to:
-        notes.append(
-            "Learning rate, data, tokenizer and checkpoints are the new launch's own: set them."
-        )
+    notes += [f"not carried: {line}" for line in carried.lost]
     if not read.ok:
         first = next(f for f in read.findings if f.severity == "error")
         notes.append(f"The launch that was read would not start: {first.message}")

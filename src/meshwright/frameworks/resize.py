@@ -13,9 +13,9 @@ import numpy as np
 from meshwright.checks import Case, illegal
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
-from meshwright.errors import LayoutError, divisors
+from meshwright.errors import LaunchError, LayoutError, divisors
 from meshwright.frameworks.check import CheckResult, check
-from meshwright.frameworks.convert import Known, known_of
+from meshwright.frameworks.convert import Known, carried_to, known_of
 from meshwright.frameworks.write import launch_files
 from meshwright.parallel.layout import (
     Layout,
@@ -72,12 +72,21 @@ def resize(
     Sequences a step, sequence length and precision stay, and with them learning rate and tokens.
     Where the degrees cannot stay, the nearest legal ones are taken.
 
-    Raises ``LayoutError`` when no legal layout of the job exists on that many GPUs.
+    What the launch says besides (data, tokenizer, optimizer, logging, flags of its own) is kept.
+
+    Raises ``LayoutError`` when no legal layout of the job exists on that many GPUs, and
+    ``LaunchError`` for SkyRL's RL trainer, which is not written.
     """
     read = check(source, framework=framework)
+    if read.launch.framework == "skyrl" and read.launch.words.get("rl_trainer"):
+        rule = "What is written for SkyRL is its SFT trainer; this launch starts the RL trainer."
+        remedy = "Change placement and degrees in the launch itself, and check it."
+        raise LaunchError("launch", read.launch.program, rule, remedy)
     known = known_of(read, model)
     layout = nearest_legal(known.model, known.job, known.layout, gpus)
-    files = launch_files(known.model, None, known.job, layout, read.launch.framework, launcher)
+    name = read.launch.framework
+    carried = carried_to(read, known, name)
+    files = launch_files(known.model, None, known.job, layout, name, launcher, carried)
     return Resized(
         read=read,
         before=known.layout,
@@ -85,7 +94,10 @@ def resize(
         job=known.job,
         changes=_changes(known.layout, layout),
         kept=_kept(known, layout),
-        notes=notes_on(known.model, known.layout, layout),
+        notes=[
+            *notes_on(known.model, known.layout, layout),
+            *(f"not carried: {line}" for line in carried.lost),
+        ],
         files=files,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from meshwright.describe.cluster import Cluster
@@ -195,6 +195,9 @@ def script(target: Target, written: Written, launcher: str, title: str) -> str:
         rule, remedy = "Unknown launcher.", did_you_mean(launcher, LAUNCHERS)
         raise LaunchError("launcher", launcher, rule, remedy)
     slurm = launcher == "slurm"
+    if target.carried.own:
+        kept = {**written.arguments, "KEPT_ARGS": target.carried.own}
+        written = replace(written, arguments=kept)
     parts = ["#!/bin/bash", *(_sbatch(target) if slurm else [])]
     parts += [_heading(target, title), *_remarks(target, written), "set -euo pipefail", ""]
     if written.variables:

@@ -181,7 +181,7 @@ def _variables(target: Target, used: str) -> list[Variable]:
         ),
         Variable(
             name="RECIPE",
-            default=_recipe(target),
+            default=target.carried.program.get("--recipe") or _recipe(target),
             comment="a recipe of the same model: it sets what stands in no override",
         ),
         *(v for v in _VARIABLES if f"${v.name}" in used),

@@ -190,7 +190,9 @@ _RENAMED: Final = {
 def places() -> dict[str, Place]:
     """Return what Megatron-LM's flags are called."""
     return {
-        flag: Place(_RENAMED.get(argument.name, argument.name), _bare(flag, argument))
+        flag: Place(
+            _RENAMED.get(argument.name, argument.name), _bare(flag, argument), _most(argument)
+        )
         for flag, argument in arguments().items()
     }
 
@@ -198,6 +200,15 @@ def places() -> dict[str, Place]:
 def _bare(flag: str, argument: Argument) -> str:
     negated = argument.action == "on_off" and flag != argument.flags[0]
     return "false" if negated or argument.action == "off" else "true"
+
+
+def _most(argument: Argument) -> int:
+    if argument.action != "store":
+        return 0
+    return 1 if argument.nargs in ("", "1", "?") else MOST_VALUES
+
+
+MOST_VALUES: Final = 10_000
 
 
 def _training(target: Target) -> list[list[str]]:

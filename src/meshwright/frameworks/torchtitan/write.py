@@ -157,8 +157,9 @@ def write(target: Target) -> Written:
         options["training.disable_cuda_graphs"] = True
     if x.cp > 1:
         options[f"{_P}.spmd_backend"] = "spmd_types"
-    module = re.split(r"[-.]", target.model.name.lower())[0]
-    config = re.sub(r"[^a-z0-9]+", "_", target.model.name.lower())
+    program, name = target.carried.program, target.model.name.lower()
+    module = program.get("--module") or re.split(r"[-.]", name)[0]
+    config = program.get("--config") or re.sub(r"[^a-z0-9]+", "_", name)
     assets = f"./assets/hf/{target.model.name}"
     said = _training(target.carried)
     return Written(
