@@ -19,12 +19,16 @@ import sys
 import time
 from pathlib import Path
 
+LAUNCH = (
+    Path(__file__).parent.parent / "tests" / "golden" / "frameworks" / "megatron-lm" / "run.sbatch"
+)
 COMMANDS = {
     "meshwright --help": ["--help"],
     "meshwright plan llama3-70b 64xH100 --seq-len 8192 --global-batch-size 512": [
         *("plan", "llama3-70b", "64xH100"),
         *("--seq-len", "8192", "--global-batch-size", "512"),
     ],
+    "meshwright check run.sbatch": ["check", str(LAUNCH)],
     'meshwright estimate llama3-70b 64xH100 --layout "tp=4 pp=4 vpp=5 cp=2"': [
         *("estimate", "llama3-70b", "64xH100", "--layout", "tp=4 pp=4 vpp=5 cp=2"),
         *("--seq-len", "8192", "--global-batch-size", "512"),

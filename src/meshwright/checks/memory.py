@@ -6,8 +6,13 @@ from collections.abc import Mapping
 
 from meshwright import units
 from meshwright.checks import Case, Floats, Mask, check
-from meshwright.cost.detail import BAND_FRACTION
 from meshwright.parallel.layout import Layout, Recompute
+
+
+def _band() -> float:
+    from meshwright.cost.detail import BAND_FRACTION  # slow to load: only a priced case asks
+
+    return BAND_FRACTION
 
 
 def _margin(case: Case) -> Floats | None:
@@ -27,7 +32,7 @@ def _sizes(case: Case, at: Layout[int]) -> Mapping[str, object]:
         "capacity": units.format_bytes(capacity),
         "over": units.format_bytes(abs(peak_bytes - capacity)),
         "percent": round(100 * peak_bytes / capacity, 1),
-        "band": round(100 * BAND_FRACTION),
+        "band": round(100 * _band()),
     }
 
 
@@ -39,7 +44,7 @@ def peak_fits(case: Case) -> Mask:
     Recompute, lower mbs, shard more (zero, tp, pp), or use more GPUs.
     """
     margin = _margin(case)
-    return case.nowhere if margin is None else margin < -BAND_FRACTION
+    return case.nowhere if margin is None else margin < -_band()
 
 
 @check("warning", field="memory.peak_bytes", values=_sizes)
@@ -50,7 +55,7 @@ def peak_is_clear_of_capacity(case: Case) -> Mask:
     Recompute, lower mbs, or shard more before a long run.
     """
     margin = _margin(case)
-    return case.nowhere if margin is None else abs(margin) <= BAND_FRACTION
+    return case.nowhere if margin is None else abs(margin) <= _band()
 
 
 @check("error", field="layout.pp", id="MLM-TC-off_pp")

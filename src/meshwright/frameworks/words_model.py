@@ -122,23 +122,35 @@ def _agrees(words: Words, model: Model) -> bool:
 def _twin(model: Model) -> Model | None:
     """Return the known model of the same shape, if there is one."""
     shape = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "num_experts", "vocab_size")
-    for name in _by_hidden_size().get(model.hidden_size, ()):
+    sizes = (model.hidden_size, model.num_layers, model.vocab_size)
+    for name, stated in _sizes().items():
+        if any(size not in (None, ours) for size, ours in zip(stated, sizes, strict=True)):
+            continue
         other = load_model(name)
         if all(getattr(other, field) == getattr(model, field) for field in shape):
             return other
     return None
 
 
+_SIZES: Final = (
+    re.compile(r'"(?:hidden_size|n_embd|d_model)":\s*(\d{1,9})'),
+    re.compile(r'"(?:num_hidden_layers|n_layers?)":\s*(\d{1,9})'),
+    re.compile(r'"vocab_size":\s*(\d{1,9})'),
+)
+
+
 @cache
-def _by_hidden_size() -> dict[int, list[str]]:
-    """Return the known models by hidden size, read from their configs without building them."""
-    found: dict[int, list[str]] = {}
+def _sizes() -> dict[str, tuple[int | None, ...]]:
+    """Return hidden size, layers and vocabulary of the known models, as their configs state them.
+
+    Building all of them to compare takes longer than the rest of a check.
+    """
+    found: dict[str, tuple[int | None, ...]] = {}
     folder = files("meshwright.describe") / "configs"
     for name in known_names():
         text = (folder / f"{name}.json").read_text(encoding="utf-8")
-        match = re.search(r'"(?:hidden_size|n_embd|d_model)":\s*(\d{1,9})', text)
-        if match is not None:
-            found.setdefault(int(match[1]), []).append(name)
+        matches = (pattern.search(text) for pattern in _SIZES)
+        found[name] = tuple(int(m[1]) if m is not None else None for m in matches)
     return found
 
 
