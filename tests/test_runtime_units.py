@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.errors import DocumentError, MeshwrightError
+from meshwright.errors import MeshwrightError
 from meshwright.parallel.layout import Pipeline, from_text, layout
 from meshwright.parallel.pipeline import build_schedule
 from meshwright.runtime.attention import (
@@ -25,13 +23,6 @@ from meshwright.runtime.attention import (
 )
 from meshwright.runtime.boxes import rectangles
 from meshwright.runtime.context_parallel import positions
-from meshwright.runtime.data import (
-    MegatronSamples,
-    MockSamples,
-    open_samples,
-    read_index,
-    write_corpus,
-)
 from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.expert_parallel import grouped_linear
 from meshwright.runtime.groups import Group, cp_levels
@@ -40,7 +31,7 @@ from meshwright.runtime.optimizer import OptimizerSettings
 from meshwright.runtime.parameters import Box, initial_values
 from meshwright.runtime.pipeline_parallel import message_of
 from meshwright.runtime.tensor_parallel import WeightGradients, linear
-from meshwright.runtime.train import learning_rate
+from meshwright.runtime.train_loop import learning_rate
 from meshwright.runtime.train_settings import TrainSettings
 from meshwright.verify.numerics import prepare
 from meshwright.verify.structures import STRUCTURES
@@ -248,70 +239,6 @@ def test_learning_rates_warm_up_and_fall_to_the_minimum(decay: str) -> None:
     assert rates[100] == pytest.approx(1.0 if decay == "constant" else 0.1)
     if decay == "wsd":
         assert rates[90] == pytest.approx(1.0)
-
-
-def _corpus(folder: Path) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    documents = [rng.integers(0, 50, size=n).astype(np.int32) for n in (5, 1, 40, 17, 3)]
-    write_corpus(folder / "corpus", documents)
-    return documents
-
-
-def test_an_epoch_of_a_corpus_holds_each_token_as_often_as_it_should(tmp_path: Path) -> None:
-    documents = _corpus(tmp_path)
-    samples = MegatronSamples(prefix=tmp_path / "corpus", seq_len=5, vocab_size=50, seed=1)
-    count = samples.samples_per_epoch
-    assert count == (66 - 1) // 5
-    for epoch in range(2):
-        windows = [samples.sample(epoch * count + i) for i in range(count)]
-        assert all(len(w) == 6 for w in windows)
-        # Windows overlap by one: put in order, they are the shuffled corpus.
-        following = {int(i): w for i, w in zip(samples._epoch(epoch)[2], windows, strict=True)}
-        text = np.concatenate([following[i][:-1] for i in range(count)])
-        order = samples._epoch(epoch)[0]
-        laid = np.concatenate([documents[d] for d in order])
-        assert np.array_equal(text, laid[: 5 * count])
-    assert np.array_equal(samples.sample(3), samples.sample(3))
-
-
-def test_lengths_and_pointers_of_an_index_are_read(tmp_path: Path) -> None:
-    documents = _corpus(tmp_path)
-    lengths, pointers, dtype = read_index(tmp_path / "corpus.idx")
-    assert lengths.tolist() == [len(d) for d in documents]
-    assert pointers.tolist() == [0, 20, 24, 184, 252]
-    assert dtype == "<i4"
-
-
-@pytest.mark.parametrize("keep", [0, 5, 20, 40, 60])
-def test_a_cut_index_is_named(tmp_path: Path, keep: int) -> None:
-    _corpus(tmp_path)
-    path = tmp_path / "corpus.idx"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DocumentError, match=r"corpus\.idx"):
-        open_samples(str(tmp_path / "corpus"), seq_len=5, vocab_size=50, seed=0)
-
-
-def test_a_cut_corpus_foreign_tokens_and_too_little_text_are_told(tmp_path: Path) -> None:
-    _corpus(tmp_path)
-    prefix = str(tmp_path / "corpus")
-    with pytest.raises(DocumentError, match="the model has 10 words"):
-        open_samples(prefix, seq_len=5, vocab_size=10, seed=0)
-    with pytest.raises(DocumentError, match="fewer than one sample"):
-        open_samples(prefix, seq_len=100, vocab_size=50, seed=0)
-    path = tmp_path / "corpus.bin"
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(DocumentError, match=r"corpus\.bin"):
-        open_samples(prefix, seq_len=5, vocab_size=50, seed=0)
-    with pytest.raises(DocumentError, match="no such file"):
-        open_samples("/nowhere/corpus", seq_len=5, vocab_size=50, seed=0)
-
-
-def test_mock_samples_depend_on_their_number_alone() -> None:
-    samples = MockSamples(seq_len=9, vocab_size=13, seed=3)
-    first = samples.sample(7)
-    assert np.array_equal(first, samples.sample(7))
-    assert len(set((np.diff(first) % 13).tolist())) == 1
-    assert not np.array_equal(first, samples.sample(8))
 
 
 def test_recomputation_changes_no_gradient() -> None:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import resource
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from meshwright.errors import DocumentError, JobError, LaunchError, MeshwrightError
 from meshwright.parallel.layout import from_text
 from meshwright.runtime.checkpoint import complete_checkpoints
-from meshwright.runtime.data import write_corpus
+from meshwright.runtime.data import CorpusWriter
+from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.launch import run_ranks
 from meshwright.runtime.optimizer import OptimizerSettings
 from meshwright.runtime.train import train, train_rank
-from meshwright.runtime.train_settings import TrainReport, TrainSettings
+from meshwright.runtime.train_settings import (
+    DataSettings,
+    ProfileSettings,
+    TrainReport,
+    TrainSettings,
+)
 from meshwright.verify.small import default_shape, shrink
 
 pytestmark = pytest.mark.parity
@@ -63,7 +73,7 @@ def test_a_resumed_run_has_the_same_losses_to_the_last_bit(layout: str, tmp_path
     folder = str(tmp_path / "checkpoints")
     half = _settings(layout, checkpoints=folder, save_every=4)
     # The first run is told of eight steps too: the learning rate depends on them.
-    first = _run(replace(half, data="mock"))
+    first = _run(half)
     assert first.losses == whole.losses
     shutil.rmtree(complete_checkpoints(Path(folder))[-1])
     resumed = _run(half)
@@ -114,14 +124,17 @@ def test_low_rank_changes_train_resume_and_leave_the_rest_alone(tmp_path: Path) 
     assert resumed.losses == pytest.approx(whole.losses[4:], rel=2e-6)
 
 
-def test_a_corpus_trains_and_resumes(tmp_path: Path) -> None:
+def test_a_blend_of_a_corpus_trains_and_resumes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 101, size=n).astype(np.int32) for n in (100, 7, 300, 64)]
-    write_corpus(tmp_path / "corpus", documents)
-    report = _run(_settings("dp=2", data=str(tmp_path / "corpus"), steps=4))
-    assert report.losses == pytest.approx(
-        _run(_settings("tp=2", data=str(tmp_path / "corpus"), steps=4)).losses, rel=1e-5
-    )
+    with CorpusWriter(tmp_path / "corpus") as writer:
+        for document in documents:
+            writer.append(document)
+    data = DataSettings(sources=(f"0.7:{tmp_path / 'corpus'}", "0.3:mock"))
+    whole = _run(_settings("dp=2", data=data, checkpoints=str(tmp_path), save_every=4))
+    shutil.rmtree(complete_checkpoints(tmp_path)[-1])
+    resumed = _run(_settings("tp=2", data=data, checkpoints=str(tmp_path)))
+    assert resumed.losses == pytest.approx(whole.losses[4:], rel=1e-5)
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
@@ -193,9 +206,172 @@ def test_sigterm_at_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path)[-1].name == f"step-{reports[0].step:08d}"
 
 
-def test_a_profile_is_written(tmp_path: Path) -> None:
-    train(_settings("tp=1", steps=4, profile=str(tmp_path), profile_steps=(2, 3)))
-    assert json.loads((tmp_path / "rank0.json").read_text())["traceEvents"]
+def test_a_profile_of_some_ranks_is_written(tmp_path: Path) -> None:
+    profile = ProfileSettings(folder=str(tmp_path), ranks=(0, 2), steps=(2, 3))
+    _run(_settings("tp=2 pp=2", steps=4, profile=profile))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank0.json", "rank2.json"]
+    for path in tmp_path.iterdir():
+        names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+        assert {"ProfilerStep#2", "ProfilerStep#1"} <= names
+        assert "ProfilerStep#3" not in names
+
+
+def _validates(rank: int, settings: TrainSettings) -> tuple[TrainReport, list[float]]:
+    report = train_rank(rank, settings)
+    return report, train_rank(rank, replace(settings, valid_every=0)).losses
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["tp=1", "tp=2 pp=2", "pp=2 vpp=2 schedule=zb_v", "cp=2 dp=2 zero=optim_grads_params mbs=2"],
+)
+def test_validation_says_the_same_under_every_layout_and_changes_nothing(layout: str) -> None:
+    shape = shrink(default_shape(from_text("pp=2 vpp=2")), from_text("tp=2 pp=2 vpp=2")).shape
+    settings = _settings(layout, shape=shape, steps=4, valid_every=2, valid_batches=2)
+    report, alone = run_ranks(settings.layout.world_size, _validates, settings, timeout_s=60)[0]
+    assert report.losses == alone
+    assert list(report.valid_losses) == [2, 4]
+    global first_valid
+    first_valid = first_valid or report.valid_losses
+    assert report.valid_losses == pytest.approx(first_valid, rel=2e-6)
+    assert report.valid_losses[4] != report.valid_losses[2]
+
+
+first_valid: dict[int, float] = {}
+
+
+def test_a_validation_batch_has_the_loss_that_a_step_would_have() -> None:
+    shape = shrink(default_shape(from_text("tp=1")), from_text("tp=1")).shape
+    engine = Engine(shape, from_text("tp=1"), Settings(seq_len=8, gbs=2))
+    rows = torch.arange(18).view(2, 9)
+    assert engine.evaluate(rows) == engine.forward_backward(rows)[0]
+
+
+def test_metrics_of_tensorboard_and_json_lines_tell_the_same(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    lines = tmp_path / "metrics.jsonl"
+    settings = _settings(
+        "tp=1", steps=4, valid_every=2, metrics=str(lines), tensorboard=str(tmp_path / "board")
+    )
+    report = train(settings)
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    steps = [r for r in records if "loss" in r]
+    assert [r["loss"] for r in steps] == report.losses
+    assert [r["samples"] for r in steps] == [8, 16, 24, 32]
+    assert {r["step"]: r["valid_loss"] for r in records if "valid_loss" in r} == report.valid_losses
+    board = accumulator.EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert [e.value for e in board.Scalars("loss")] == pytest.approx(report.losses, rel=1e-6)
+    assert [e.step for e in board.Scalars("valid_loss")] == [2, 4]
+    assert {"grad_norm", "lr", "step_time_s", "memory_bytes"} <= set(board.Tags()["scalars"])
+
+
+def test_model_flops_and_mfu_follow_from_the_step_time(tmp_path: Path) -> None:
+    lines = tmp_path / "metrics.jsonl"
+    settings = _settings(
+        "tp=1", steps=2, metrics=str(lines), model_flops_per_step=6e9, peak_flops_per_s=1e12
+    )
+    train(settings)
+    for record in map(json.loads, lines.read_text().splitlines()):
+        flops_per_s = 6e9 / record["step_time_s"]
+        assert record["model_flops_per_s_per_gpu"] == pytest.approx(flops_per_s)
+        assert record["mfu_fraction"] == pytest.approx(flops_per_s / 1e12)
+        assert record["tokens_per_s_per_gpu"] == pytest.approx(8 * 32 / record["step_time_s"])
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_watching_person_gets_a_bar_and_a_file_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = _settings("tp=1", steps=3, valid_every=3)
+    train(settings)
+    lines = capsys.readouterr().err
+    assert [f"step {n}/3 | loss" in lines for n in (1, 2, 3)] == [True] * 3
+    assert "TP=1 PP=1" in lines
+    terminal = _Terminal()
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    train(settings)
+    shown = terminal.getvalue()
+    assert "step 1/3" not in shown
+    assert "3/3" in shown
+    assert "valid 3/3 | loss" in shown
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "step-00000099.part").mkdir()
+    train(_settings("tp=1", checkpoints=str(tmp_path), save_every=1, keep=2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000007", "step-00000008"]
+
+
+def _without_space(rank: int, settings: TrainSettings) -> TrainReport:
+    if rank == 1:
+        # The kernel refuses to write more, as it does on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    return train_rank(rank, settings)
+
+
+def test_a_full_disk_at_one_rank_is_told_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    settings = _settings("dp=2", checkpoints=str(tmp_path), steps=2)
+    _run(settings)
+    more = replace(settings, steps=100, save_every=2)
+    with pytest.raises(DocumentError, match=r"could not be written: rank 1: .*File too large"):
+        run_ranks(2, _without_space, more, timeout_s=60)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+    assert _run(replace(settings, steps=3)).first == 2
+
+
+def _killed_before_the_rename(rank: int, settings: TrainSettings) -> TrainReport:
+    def replace_nothing(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 0:
+        os.replace = replace_nothing
+    return train_rank(rank, settings)
+
+
+def test_a_run_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    settings = _settings("tp=2", checkpoints=str(tmp_path), steps=2)
+    _run(settings)
+    with pytest.raises(LaunchError, match=r"rank = 0.*SIGKILL"):
+        run_ranks(2, _killed_before_the_rename, replace(settings, steps=4), timeout_s=60)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["step-00000002", "step-00000004.part"]
+    resumed = _run(replace(settings, steps=4))
+    assert resumed.first == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_a_resumed_run_says_what_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = _settings("tp=1", checkpoints=str(tmp_path), steps=1)
+    train(settings)
+    train(replace(settings, steps=2, seed=7))
+    told = capsys.readouterr().err
+    assert "note: seed was 1234 and is now 7" in told
+    assert "note: gbs" not in told
+
+
+def test_a_dataset_of_text_trains_alike_under_two_layouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    path = tmp_path / "tokens.jsonl"
+    rng = np.random.default_rng(0)
+    rows = [{"input_ids": rng.integers(0, 101, size=50).tolist()} for _ in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSettings(sources=(str(path),), valid_fraction=0.2, cache=str(tmp_path / "cache"))
+    settings = _settings("dp=2", steps=3, data=data, valid_every=3)
+    one = _run(settings)
+    two = _run(replace(settings, layout=from_text("tp=2")))
+    assert one.losses == pytest.approx(two.losses, rel=1e-5)
+    assert one.valid_losses == pytest.approx(two.valid_losses, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +380,11 @@ def test_a_profile_is_written(tmp_path: Path) -> None:
         ({"steps": 0}, "train.steps"),
         ({"dtype": "fp8"}, "train.dtype"),
         ({"save_every": 2}, "train.save_every"),
+        ({"valid_batches": 0}, "train.valid_batches"),
+        ({"optimizer": OptimizerSettings(lr=float("nan"))}, "train.lr"),
+        ({"data": DataSettings(sources=("0:mock",))}, "train.data"),
+        ({"profile": ProfileSettings(folder="x", ranks=(1,))}, "train.profile_ranks"),
+        ({"profile": ProfileSettings(folder="x", steps=(3, 9))}, "train.profile_steps"),
         ({"gbs": 3, "layout": "dp=2"}, "job.gbs"),
         ({"seq_len": 31, "layout": "cp=2"}, "job.seq_len"),
     ],

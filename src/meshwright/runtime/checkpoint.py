@@ -52,6 +52,7 @@ from meshwright.runtime.engine import Engine
 from meshwright.runtime.flat_buffer import Piece
 
 STATE = "state.json"
+PART = ".part"
 _COMPLETE = re.compile(r"^step-(\d+)$")
 
 
@@ -202,7 +203,11 @@ class Checkpointer:
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
+    def path(self, step: int) -> Path:
+        """Return the folder that the checkpoint of a step has when it is whole."""
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Begin to save; returns once the values are copied. Waits for the save before it."""
         self.wait()
         shards = [
@@ -216,6 +221,7 @@ class Checkpointer:
         ]
         self.thread = threading.Thread(target=self._write, args=(step, dict(state), shards))
         self.thread.start()
+        return self.path(step)
 
     def wait(self) -> None:
         """Wait for the save under way. Raises ``DocumentError`` if it failed."""
@@ -232,14 +238,11 @@ class Checkpointer:
             ) from failure
 
     def _write(self, step: int, state: dict[str, Any], shards: list[Shard]) -> None:
-        target = self.folder / f"step-{step:08d}"
-        part = target.with_name(target.name + ".part")
+        target = self.path(step)
+        part = target.with_name(target.name + PART)
+        first = self.engine.context.groups.rank == 0
         try:
-            if self.engine.context.groups.rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir(parents=True)
-            if self.group is not None:
-                dist.barrier(group=self.group)
+            self._make(part)
             save(
                 {},
                 storage_writer=FileSystemWriter(part),
@@ -247,18 +250,53 @@ class Checkpointer:
                 process_group=self.group,
                 no_dist=self.alone,
             )
-            if self.engine.context.groups.rank == 0:
-                (part / STATE).write_text(json.dumps(state), encoding="utf-8")
+            if first:
+                _write_durably(part / STATE, json.dumps(state))
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(part, target)
+                _sync(self.folder)
                 self._prune()
         except BaseException as error:
+            if first:
+                shutil.rmtree(part, ignore_errors=True)
             self.failure = error
+
+    def _make(self, part: Path) -> None:
+        """Make the folder, and remove what broken saves left; every rank learns if it fails."""
+        told = [""]
+        if self.engine.context.groups.rank == 0:
+            try:
+                for left in self.folder.glob(f"step-*{PART}"):
+                    shutil.rmtree(left, ignore_errors=True)
+                part.mkdir(parents=True)
+            except OSError as error:
+                told = [f"rank 0: {error}"]
+        if self.group is not None:
+            dist.broadcast_object_list(told, src=0, group=self.group)
+        if told[0]:
+            raise OSError(told[0])
 
     def _prune(self) -> None:
         if self.keep:
             for old in complete_checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk, so that a rename outlives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _is_alone(engine: Engine) -> bool:

@@ -10,7 +10,8 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import IO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,17 +56,22 @@ class MegatronSamples:
     """Samples of a tokenized corpus in Megatron-LM's ``.bin`` / ``.idx`` format, memory-mapped.
 
     Each epoch shuffles the documents, lays them end to end and cuts windows of ``seq_len + 1``
-    tokens that overlap by one; the windows are shuffled too.
+    tokens that overlap by one; the windows are shuffled too. ``part`` is the range of the corpus,
+    from 0 to 1, whose documents are used. ``name`` is what errors call it, else its path.
     """
 
     prefix: Path
     seq_len: int
     vocab_size: int
     seed: int
+    part: tuple[float, float] = (0.0, 1.0)
+    name: str = ""
 
     @cached_property
     def _index(self) -> tuple[NDArray[np.int32], NDArray[np.int64], str]:
-        return read_index(self.prefix.with_name(self.prefix.name + ".idx"))
+        lengths, pointers, dtype = read_index(self.prefix.with_name(self.prefix.name + ".idx"))
+        here = slice(*(round(end * len(lengths)) for end in self.part))
+        return lengths[here], pointers[here], dtype
 
     @cached_property
     def _tokens(self) -> NDArray[np.generic]:
@@ -94,8 +100,9 @@ class MegatronSamples:
         if count < 1:
             raise DocumentError(
                 "data",
-                str(self.prefix),
-                f"It has {total} tokens, fewer than one sample of {self.seq_len + 1}.",
+                self.name or str(self.prefix),
+                f"{_of_part(self.part)} has {total} tokens, fewer than one sample of "
+                f"{self.seq_len + 1}.",
                 "Use a shorter seq_len or more data.",
             )
         return count
@@ -109,7 +116,7 @@ class MegatronSamples:
         if found.max() >= self.vocab_size or found.min() < 0:
             raise DocumentError(
                 "data",
-                str(self.prefix),
+                self.name or str(self.prefix),
                 f"It holds token {int(found.max())}; the model has {self.vocab_size} words.",
                 "Use the tokenizer of the model.",
             )
@@ -170,25 +177,43 @@ def read_index(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64], str]:
     return lengths, pointers, DTYPES[code]
 
 
-def write_corpus(prefix: Path, documents: list[NDArray[np.int32]]) -> None:
-    """Write tokenized documents as ``.bin`` and ``.idx`` that Megatron-LM reads too."""
-    lengths = np.array([len(d) for d in documents], dtype="<i4")
-    pointers = np.concatenate([[0], np.cumsum(4 * lengths.astype(np.int64))[:-1]]).astype("<i8")
-    with prefix.with_name(prefix.name + ".bin").open("wb") as file:
-        for document in documents:
-            file.write(document.astype("<i4").tobytes())
-    boundaries = np.arange(len(documents) + 1, dtype="<i8")
-    header = HEADER.pack(MAGIC, 1, 4, len(documents), len(documents) + 1)
-    prefix.with_name(prefix.name + ".idx").write_bytes(
-        header + lengths.tobytes() + pointers.tobytes() + boundaries.tobytes()
-    )
+def _of_part(part: tuple[float, float]) -> str:
+    return "It" if part == (0.0, 1.0) else f"The part from {part[0]:g} to {part[1]:g} of it"
 
 
-def open_samples(text: str, *, seq_len: int, vocab_size: int, seed: int) -> Samples:
-    """Return the samples that ``mock`` or the path prefix of a corpus names."""
-    if text == "mock":
-        return MockSamples(seq_len=seq_len, vocab_size=vocab_size, seed=seed)
-    name = text.removesuffix(".bin").removesuffix(".idx")
-    found = MegatronSamples(prefix=Path(name), seq_len=seq_len, vocab_size=vocab_size, seed=seed)
-    found.sample(0)
-    return found
+class CorpusWriter:
+    """Writes tokenized documents, one after another, as a corpus that Megatron-LM reads too.
+
+    ``<u2`` tokens are for vocabularies up to 65,536, ``<i4`` for all.
+    """
+
+    def __init__(self, prefix: Path, dtype: str = "<i4") -> None:
+        self.prefix, self.dtype = prefix, np.dtype(dtype)
+        self.code = next(code for code, name in DTYPES.items() if name == dtype)
+        self.lengths: list[int] = []
+        self.file: IO[bytes] = prefix.with_name(prefix.name + ".bin").open("wb")
+
+    def __enter__(self) -> CorpusWriter:
+        return self
+
+    def append(self, document: NDArray[np.int32] | list[int]) -> None:
+        """Write a document."""
+        self.file.write(np.asarray(document, dtype=self.dtype).tobytes())
+        self.lengths.append(len(document))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        if kind is not None:
+            return
+        lengths = np.array(self.lengths, dtype="<i4")
+        ends = np.cumsum(lengths.astype("<i8") * self.dtype.itemsize)
+        pointers = (ends - lengths.astype("<i8") * self.dtype.itemsize).astype("<i8")
+        count = len(lengths)
+        self.prefix.with_name(self.prefix.name + ".idx").write_bytes(
+            HEADER.pack(MAGIC, 1, self.code, count, count + 1)
+            + lengths.tobytes()
+            + pointers.tobytes()
+            + np.arange(count + 1, dtype="<i8").tobytes()
+        )

@@ -23,6 +23,7 @@ from meshwright.runtime.layers import rope_tables
 from meshwright.runtime.optimizer import Optimizer, OptimizerSettings
 from meshwright.runtime.parameters import parameters_of
 from meshwright.runtime.pipeline_parallel import Pipeline as PipelineRunner
+from meshwright.runtime.pipeline_parallel import forward_only
 from meshwright.runtime.shape import ModelShape
 from meshwright.runtime.stages import placement_of, schedule_of, table_ranks
 from meshwright.runtime.tensor_parallel import WeightGradients
@@ -157,10 +158,26 @@ class Engine:
         counts = self._counts(mask)
         found, aux = self.pipeline.run(self._microbatches(rows, mask, counts), self._empty)
         self.dp.finish()
-        groups, depths = self.context.groups, self.shape.mtp_layers
-        totals = torch.zeros(2 + depths, dtype=torch.float64, device=rows.device)
+        return self._means(found, aux, counts)
+
+    @torch.no_grad()
+    def evaluate(self, rows: Tensor, mask: Tensor | None = None) -> list[float]:
+        """Return the losses (main, MTP) of a global batch, given as to ``step``; no gradient."""
+        mask = torch.ones_like(rows[:, 1:]) if mask is None else mask
+        counts = self._counts(mask)
+        runner = PipelineRunner(self.context, self.chunks, forward_only(self.schedule), self.dp)
+        found, aux = runner.run(self._microbatches(rows, mask, counts), self._empty)
+        return self._means(found, aux, counts)[0]
+
+    def _means(
+        self, found: list[Tensor], aux: list[Tensor], counts: list[float]
+    ) -> tuple[list[float], float]:
+        """Return the mean losses over all ranks' microbatches, and the sum of router losses."""
+        groups = self.context.groups
+        device = self.settings.device
+        totals = torch.zeros(1 + len(counts), dtype=torch.float64, device=device)
         if groups.tp.index == 0 and found:
-            totals[: 1 + depths] = torch.stack(found).double().sum(0)
+            totals[:-1] = torch.stack(found).double().sum(0)
         if aux:
             totals[-1] = torch.stack(aux).double().sum()
         totals = all_reduce(totals, groups.world).tolist()

@@ -158,8 +158,7 @@ def join_torchrun(world_size: int, timeout_s: float) -> Generator[int, None, Non
     Raises ``LaunchError`` when there are not ``world_size`` ranks or they do not meet in time.
     """
     check_timeout(timeout_s)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    started, rank = _told("WORLD_SIZE", 1), _told("RANK", 0)
     if started != world_size:
         raise LaunchError(
             "world_size",
@@ -167,33 +166,63 @@ def join_torchrun(world_size: int, timeout_s: float) -> Generator[int, None, Non
             f"The layout has {world_size} ranks.",
             f"torchrun --nproc-per-node {world_size} -m meshwright train ..., or other degrees.",
         )
+    if under_torchrun() and sys.platform == "linux":
+        # If torchrun is killed, its ranks save and end instead of going on alone.
+        ctypes.CDLL(None).prctl(LINUX_PR_SET_PDEATHSIG, signal.SIGTERM)
     if started == 1:
         yield rank
         return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", started))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // beside))
-    store = _meet(rank, world_size, "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout_s)
+    store = _meet(rank, world_size, _backend(started), timeout_s)
     try:
         yield rank
         dist.barrier()
     except MeshwrightError as error:
         _tell(store, rank, str(error))
         raise
-    except RuntimeError as error:
+    except torch.OutOfMemoryError as error:
+        rule = f"Its GPU is out of memory: {str(error).splitlines()[0]}"
+        _tell(store, rank, rule)
+        remedy = "Raise tp or pp, recompute, shard more, or use a smaller mbs."
+        raise LaunchError("rank", rank, rule, remedy) from None
+    except Exception as error:
         own = _describe(error)[1]
         if not _is_echo(own):
             _tell(store, rank, own)
             raise
-        culprit, cause = _who_failed(store, world_size) or (rank, own)
+        _tell(store, rank, own, lost=True)
+        culprit, cause = _who_failed(store, world_size, timeout_s) or (rank, own)
         rule = f"It stopped: {cause}."
         raise LaunchError("rank", culprit, rule, "Correct the cause; resume.") from None
     finally:
         # A process that exits with its group alive can abort in the group's threads.
         dist.destroy_process_group()
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _told(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "") or str(otherwise)
+    if not text.isdigit():
+        rule = "The environment variable holds a whole number."
+        raise LaunchError(name, text, rule, "Start with torchrun, which sets it.")
+    return int(text)
+
+
+def _backend(world_size: int) -> str:
+    """Choose this rank's GPU, or its share of the cores; return the backend to join."""
+    if torch.cuda.is_available():
+        local, count = _told("LOCAL_RANK", 0), torch.cuda.device_count()
+        if local >= count:
+            rule = f"This machine has {count} GPUs."
+            raise LaunchError("LOCAL_RANK", local, rule, f"torchrun --nproc-per-node {count} ...")
+        torch.cuda.set_device(local)
+        return "cpu:gloo,cuda:nccl"
+    beside = _told("LOCAL_WORLD_SIZE", world_size)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // beside))
+    return "gloo"
 
 
 def _meet(rank: int, world_size: int, backend: str, timeout_s: float) -> Store:
@@ -214,27 +243,36 @@ def _meet(rank: int, world_size: int, backend: str, timeout_s: float) -> Store:
     return store
 
 
-def _tell(store: Store, rank: int, cause: str) -> None:
+def _tell(store: Store, rank: int, cause: str, *, lost: bool = False) -> None:
+    """Leave word of a failure; ``lost``: only that the connection to others broke."""
     with contextlib.suppress(RuntimeError):
-        store.set(f"meshwright/failure/{rank}", cause)
+        store.set(f"meshwright/{'lost' if lost else 'failure'}/{rank}", cause)
 
 
-def _who_failed(store: Store, world_size: int) -> tuple[int, str] | None:
-    """Return the rank that broke the connection and why: its own word, or its death on this host.
+def _who_failed(store: Store, world_size: int, timeout_s: float) -> tuple[int | str, str] | None:
+    """Return the ranks that broke the connection and why.
 
-    A rank that died elsewhere without a word is not found.
+    That is a rank's own word, its death on this host, or else the silence of ranks that have not
+    even noticed. A rank that died elsewhere without a word counts as silent.
     """
     deadline = time.monotonic() + GRACE_S
+    silent: list[int] = []
     while time.monotonic() < deadline:
         with contextlib.suppress(RuntimeError):
+            silent = []
             for rank in range(world_size):
                 if store.check([f"meshwright/failure/{rank}"]):
                     return rank, store.get(f"meshwright/failure/{rank}").decode()
                 pid, host = store.get(f"meshwright/process/{rank}").decode().split()
                 if host == socket.gethostname() and not _is_running(int(pid)):
                     return rank, "its process is gone (killed, or out of memory)"
+                if not store.check([f"meshwright/lost/{rank}"]):
+                    silent.append(rank)
         time.sleep(0.1)
-    return None
+    if not silent:
+        return None
+    who = silent[0] if len(silent) == 1 else ", ".join(map(str, silent))
+    return who, f"it gave no sign, with a timeout of {timeout_s:g} s"
 
 
 def _is_running(pid: int) -> bool:

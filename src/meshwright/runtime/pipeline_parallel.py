@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,6 +46,12 @@ def message_of(schedule: Schedule, rank: int, action: Action) -> tuple[Message, 
     if action.kind in "BI" and stage > 0:
         return Message("B", stage - 1, action.microbatch), owners[stage - 1]
     return None
+
+
+def forward_only(schedule: Schedule) -> Schedule:
+    """Return the schedule without its backward actions."""
+    kept = tuple(tuple(a for a in actions if a.kind == "F") for actions in schedule.ranks)
+    return replace(schedule, ranks=kept)
 
 
 class Mailbox:
@@ -205,7 +212,8 @@ class _Step:
         aux.clear()
         out = chunk(x, self.batches[action.microbatch])
         self.aux_losses += aux
-        self.held[action.chunk, action.microbatch] = (x, out)
+        if torch.is_grad_enabled():
+            self.held[action.chunk, action.microbatch] = (x, out)
         if chunk.plan.loss:
             self.losses.append(torch.stack(chunk.losses))
         self._send(action, out.detach())

@@ -240,6 +240,26 @@ def shape_of(model: Model, config: Mapping[str, Any] | None = None) -> ModelShap
     )
 
 
+def assumed_of(model: Model, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the numbers of ``shape_of`` that a config leaves to ``transformers``' defaults."""
+    shape = shape_of(model, config)
+    rope = cast("Mapping[str, Any]", config.get("rope_parameters") or {})
+    taken: dict[str, object] = {"rms_norm_eps": shape.norm_eps}
+    if "rope_theta" not in rope:
+        taken["rope_theta"] = shape.rope.theta
+    if shape.moe is not None:
+        taken["router_aux_loss_coef"] = shape.moe.aux_loss_coef
+        if FAMILIES[model.model_type].normalise is None:
+            taken["norm_topk_prob"] = shape.moe.normalise
+        if shape.moe.names == "deepseek":
+            taken["routed_scaling_factor"] = shape.moe.routed_scaling_factor
+    return tuple(
+        f"{key} = {value}, as the config says nothing"
+        for key, value in taken.items()
+        if config.get(key) is None
+    )
+
+
 def _refuse_unknown(facts: Decoder, values: Mapping[str, Any]) -> None:
     wrong: list[tuple[bool, str, str]] = [
         (values.get("hidden_act", "silu") != "silu", "hidden_act", "silu"),
