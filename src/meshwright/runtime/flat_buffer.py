@@ -108,11 +108,12 @@ class FlatBuffer:
         self.master = own if aliased else own.to(wide(self.dtype), copy=True)
         self.aliased = aliased
         if self.trainable:
-            self.grad_range = torch.zeros_like(self.master)
             if self.zero < Zero.optim_grads:
+                # The reduced range lies in the whole gradient, which is read no more by then.
                 self.grad = torch.zeros(self.numel, dtype=self.master.dtype, device=own.device)
-            if self.shard.size == 1 and self.grad is not None:
-                self.grad_range = self.grad
+                self.grad_range = self.grad[self.range]
+            else:
+                self.grad_range = torch.zeros_like(self.master)
         if self.zero == Zero.optim_grads_params:
             self._free()
 
