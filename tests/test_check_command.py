@@ -256,3 +256,103 @@ def test_every_finding_of_every_style_has_a_rule_and_a_message(tmp_path: Path) -
             assert finding.id
             assert finding.rule
             assert finding.message
+
+
+def test_notes_are_counted_and_shown_only_when_asked_for(good: Path) -> None:
+    _, short = run("check", str(good))
+    _, long = run("check", str(good), "--notes")
+    notes = sum(line.startswith("note:") for line in long.splitlines())
+    assert notes > 0
+    assert "note:" not in short
+    assert f"{notes} notes more: --notes shows them." in short
+    assert "notes more" not in long
+
+
+def test_a_dense_launch_is_told_nothing_about_experts_or_chunks(good: Path) -> None:
+    good.write_text(GOOD.replace("--pipeline-model-parallel-size 2", ""))
+    _, answer = run_json("check", str(good))
+    ids = {f["id"] for f in answer["findings"]}
+    assert not ids & {"MLM-ARG-etp_default", "MLM-MPC-group_default"}
+
+
+def test_an_error_of_the_environment_does_not_hide_memory_and_time(good: Path) -> None:
+    good.write_text(GOOD.replace("CONNECTIONS=1", "CONNECTIONS=8"))
+    status, answer = run_json("check", str(good), "--cluster", "4x8xH100")
+    assert status == 1
+    assert answer["findings"][0]["severity"] == "error"
+    assert answer["estimate"]["verdict"] == "fits"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (("", ""), "give --cluster"),
+        (("--num-attention-heads 32", "--num-attention-heads 30"), "does not divide"),
+        (("--seq-length 4096", ""), "seq"),
+    ],
+)
+def test_what_is_not_priced_says_why(change: tuple[str, str], why: str, good: Path) -> None:
+    good.write_text(GOOD.replace(*change))
+    options = [] if "cluster" in why else ["--cluster", "4x8xH100"]
+    _, answer = run_json("check", str(good), *options)
+    assert "estimate" not in answer
+    assert why in answer["unpriced"]
+    assert f"not priced: {answer['unpriced']}" in run("check", str(good), *options)[1]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.toml"
+    batch = ("--seq-len", "4096", "--global-batch-size", "64")
+    status, _ = run("plan", "llama3-8b", "8xH100", *batch, "--top", "1", "-o", str(path))
+    assert status == 0
+    return path
+
+
+def test_a_plan_document_is_checked_as_what_it_is(plan: Path) -> None:
+    status, answer = run_json("check", str(plan))
+    assert status == 0
+    assert answer["framework"] == "meshwright"
+    assert answer["estimate"]["verdict"] == "fits"
+    assert run("check", str(plan))[1].startswith("A plan of meshwright, 8 GPUs")
+    with pytest.raises(LaunchError, match="8 GPUs"):
+        check(plan, gpus=16)
+    smaller = check(plan, cluster="4xH100")
+    assert "cluster_size" in {f.id for f in smaller.findings}
+
+
+def test_of_two_launches_the_one_that_can_be_priced_is(good: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.sh"
+    other.write_text(GOOD.replace("--num-attention-heads 32", "--num-attention-heads 30"))
+    found = compare(good, other, cluster="4x8xH100")
+    assert found.a.estimate is not None
+    assert found.b.estimate is None
+    assert any("other.sh is not priced" in n and "does not divide" in n for n in found.notes)
+
+
+def started(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "meshwright", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_wrong_option_is_told_in_json_too() -> None:
+    done = started("check", "--bogus", "--json")
+    assert done.returncode == 2
+    assert "--bogus" in json.loads(done.stdout)["error"]["rule"]
+    assert "--bogus" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_unusable_runs_are_told_as_every_other_bad_input(tmp_path: Path) -> None:
+    done = started("accuracy", str(tmp_path / "none.csv"), "--models", "none.json", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"]["field"] == "runs"
+    assert done.stderr.startswith("error: ")
+
+
+def test_a_reader_that_leaves_early_hears_no_complaint(good: Path) -> None:
+    command = f"{sys.executable} -m meshwright check {good} --settings --json"
+    shell = ["bash", "-c", f"{command} | head -c 1 >/dev/null; echo ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() in ("0", "141")
+    assert done.stderr == ""

@@ -21,16 +21,11 @@ def accuracy(
     """Compare predictions with the measured runs of a file."""
     import json
 
-    from meshwright.errors import MeshwrightError
     from meshwright.fit.documents import load_models, load_runs
     from meshwright.fit.predict import predict
     from meshwright.fit.summary import summarize
 
-    try:
-        rows, known = load_runs(runs), load_models(models)
-    except MeshwrightError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
+    rows, known = load_runs(runs), load_models(models)
     found = predict(rows, known)
     summary = summarize(rows, found, known)
     if as_json:

@@ -53,6 +53,9 @@ def check(
     settings: Annotated[
         bool, typer.Option("--settings", help="Also show every setting and where it came from.")
     ] = False,
+    notes: Annotated[
+        bool, typer.Option("--notes", help="Also show notes: defaults, and changes without harm.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Say what is wrong with a launch before it starts."""
@@ -62,7 +65,7 @@ def check(
     if json:
         print_json(result.to_dict())
     else:
-        show_check(result, settings=settings)
+        show_check(result, settings=settings, notes=notes)
     if not result.ok:
         raise typer.Exit(1)
 
@@ -230,7 +233,7 @@ _NOT_SAID = ("default", "derived", "changed by Megatron-LM (MLM-ARG-etp", "chang
 """How origins of values begin that the user did not choose; without experts ETP is one."""
 
 
-def show_check(result: CheckResult, *, settings: bool = False) -> None:
+def show_check(result: CheckResult, *, settings: bool = False, notes: bool = False) -> None:
     """Print a check for people: what was read, both grids, findings, price."""
     from meshwright.frameworks.launch import TITLES, layout_settings
 
@@ -247,18 +250,23 @@ def show_check(result: CheckResult, *, settings: bool = False) -> None:
             axes = " x ".join(f"{axis} {size}" for axis, size in grid.items())
             typer.echo(f"  {name} grid: {axes} = {_product(grid)} GPUs")
     for finding in result.findings:
-        typer.echo(f"{finding.severity}: {finding.message} [{finding.id}]")
+        if notes or finding.severity != "note":
+            typer.echo(f"{finding.severity}: {finding.message} [{finding.id}]")
     for line in launch.assumed:
         typer.echo(f"assumed: {line}")
     for line in launch.unread:
         typer.echo(f"not read: {line}")
     _show_price(result)
+    hidden = 0 if notes else sum(f.severity == "note" for f in result.findings)
+    if hidden:
+        typer.echo(f"{hidden} {'note' if hidden == 1 else 'notes'} more: --notes shows them.")
     errors = sum(f.severity == "error" for f in result.findings)
     typer.echo("It would start." if not errors else f"It would not start: {errors} error(s).")
 
 
 def _show_price(result: CheckResult) -> None:
     if result.estimate is None:
+        typer.echo(f"not priced: {result.unpriced}")
         return
     from meshwright.units import format_bytes, format_s
 

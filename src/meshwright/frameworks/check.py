@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from meshwright.checks import Case, all_checks, judge_one
-from meshwright.errors import MeshwrightError
+from meshwright.errors import LaunchError, MeshwrightError
 from meshwright.findings import Finding, Severity
 from meshwright.frameworks.launch import Launch
 from meshwright.frameworks.launch_findings import (
@@ -23,6 +23,7 @@ from meshwright.frameworks.launch_findings import (
 )
 from meshwright.frameworks.read import read_launch
 from meshwright.frameworks.rl_memory import judge_memory
+from meshwright.frameworks.saved import launch_of, load_saved
 from meshwright.parallel.layout import Layout, row, table, to_dict
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from meshwright.describe.cluster import Cluster
     from meshwright.describe.job import Job
     from meshwright.describe.model import Model
+    from meshwright.plan_document import Saved
 
 _ORDER: Final[dict[Severity, int]] = {"error": 0, "warning": 1, "note": 2}
 
@@ -98,7 +100,7 @@ def check(
     framework: str | None = None,
     env: Mapping[str, object] | None = None,
 ) -> CheckResult:
-    """Check a launch: a file, or the words of a command.
+    """Check a launch: a file, or the words of a command; or a plan document.
 
     ``cluster`` ("64xH100") adds topology, memory and time; its GPUs are the world where the launch
     does not state one. Raises ``MeshwrightError`` when the input cannot be read at all.
@@ -106,6 +108,9 @@ def check(
     from meshwright.describe.cluster import load_cluster
 
     machine = None if cluster is None else load_cluster(cluster)
+    saved = load_saved(source)
+    if saved is not None:
+        return _check_saved(saved, str(source), gpus, machine)
     env = {**_facts_of(machine), **(env or {})}
     launch = read_launch(source, gpus=gpus, framework=framework, env=env)
     if machine is not None and gpus is None and launch.gpus is None:
@@ -135,30 +140,61 @@ def check_launch_read(launch: Launch, cluster: Cluster | None = None) -> CheckRe
         weight: Severity = "note" if launch.framework in JUDGES_ITSELF else "error"
         findings += [_finding(p, weight) for p in (problem, shape_problem) if p is not None]
     findings += told(launch)
-    estimate, unpriced = None, _unknown(problem, shape_problem or job_problem, model, cluster)
     if layout is not None and model is not None and job is not None:
-        findings += idle(findings, layout, launch)
-        fits = cluster is None or cluster.num_gpus == layout.world_size
-        case = Case(model=model, job=job, x=table([layout]), cluster=cluster if fits else None)
-        heard = judge_one(case)
-        judged = _new(findings, heard, launch)
-        if not unpriced and fits:
-            estimate, unpriced = _price(case, heard if stopped else judged)
-        if estimate is not None:
-            judged = _new(findings, _judged_again(case, estimate), launch)
-            judged += [
-                *judge_memory(launch, model, job, layout, estimate),
-                *evaluation(launch, layout, estimate),
-                *fragmentation(launch, estimate),
-            ]
-        findings += judged
-        if cluster is not None and not fits:
-            findings.append(other_size(cluster, layout))
-            unpriced = unpriced or findings[-1].rule
-    findings.sort(key=lambda f: _ORDER[f.severity])
+        return _judge(launch, findings, layout, model, job, cluster)
     return CheckResult(
         launch=launch,
-        findings=findings,
+        findings=sorted(findings, key=_rank),
+        layout=layout,
+        model=model,
+        job=job,
+        cluster=cluster,
+        unpriced=_unknown(problem, shape_problem or job_problem),
+        unread=launch.unread,
+    )
+
+
+def _check_saved(
+    saved: Saved, origin: str, gpus: int | None, cluster: Cluster | None
+) -> CheckResult:
+    world = saved.layout.world_size
+    if gpus not in (None, world):
+        rule = f"The plan is for {world} GPUs."
+        raise LaunchError("gpus", gpus, rule, "Plan anew for another number of them.")
+    launch = launch_of(saved, origin)
+    return _judge(launch, [], saved.layout, saved.model, saved.job, cluster or saved.cluster)
+
+
+def _judge(
+    launch: Launch,
+    findings: list[Finding],
+    layout: Layout[int],
+    model: Model,
+    job: Job,
+    cluster: Cluster | None,
+) -> CheckResult:
+    """Return what the rules of layouts add to ``findings``, and the price."""
+    stopped = any(f.severity == "error" for f in findings)
+    findings = findings + idle(findings, layout, launch)
+    fits = cluster is None or cluster.num_gpus == layout.world_size
+    case = Case(model=model, job=job, x=table([layout]), cluster=cluster if fits else None)
+    heard = judge_one(case)
+    judged = _new(findings, heard, launch)
+    estimate, unpriced = _price(case, heard if stopped else judged)
+    if estimate is not None:
+        judged = _new(findings, _judged_again(case, estimate), launch)
+        judged += [
+            *judge_memory(launch, model, job, layout, estimate),
+            *evaluation(launch, layout, estimate),
+            *fragmentation(launch, estimate),
+        ]
+    findings += judged
+    if cluster is not None and not fits:
+        findings.append(other_size(cluster, layout))
+        unpriced = findings[-1].rule
+    return CheckResult(
+        launch=launch,
+        findings=sorted((f for f in findings if not _is_idle(f, launch)), key=_rank),
         layout=layout,
         model=model,
         job=job,
@@ -169,19 +205,27 @@ def check_launch_read(launch: Launch, cluster: Cluster | None = None) -> CheckRe
     )
 
 
-def _unknown(
-    layout: MeshwrightError | None,
-    shape: MeshwrightError | None,
-    model: Model | None,
-    cluster: Cluster | None,
-) -> str:
+def _rank(finding: Finding) -> int:
+    return _ORDER[finding.severity]
+
+
+def _is_idle(finding: Finding, launch: Launch) -> bool:
+    """Say whether a note is about a default that does nothing in this launch."""
+    words = launch.words
+    if finding.severity != "note":
+        return False
+    if finding.id.endswith("-etp_default"):
+        return not words.get("num_moe_experts")
+    chunks = words.get("virtual_pipeline_model_parallel_size")
+    return finding.id == "MLM-MPC-group_default" and chunks in (None, 1)
+
+
+def _unknown(layout: MeshwrightError | None, other: MeshwrightError | None) -> str:
     """Return why a launch cannot be priced: what of it is not known."""
-    problem = layout or shape
+    problem = layout or other
     if problem is not None:
         return str(problem)
-    if model is None:
-        return "The launch neither names a known model nor gives its shape."
-    return "" if cluster is not None else "On which GPUs it runs is not known: give --cluster."
+    return "The launch neither names a known model nor gives its shape."
 
 
 def _weighed(finding: Finding, launch: Launch) -> Finding:
@@ -219,8 +263,10 @@ def _price(case: Case, judged: Iterable[Finding]) -> tuple[Estimate | None, str]
     same: memory and time are worth knowing when that is mended.
     """
     illegal = [f for f in judged if f.severity == "error"]
-    if illegal or case.cluster is None:
-        return None, illegal[0].message if illegal else ""
+    if illegal:
+        return None, illegal[0].message
+    if case.cluster is None:
+        return None, "On which GPUs it runs is not known: give --cluster."
     from meshwright.cost.detail import estimate
 
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from meshwright.errors import MeshwrightError
 from meshwright.frameworks.check import CheckResult, check
 from meshwright.frameworks.convert import with_changes
-from meshwright.frameworks.read import read_text
+from meshwright.frameworks.saved import load_saved
 from meshwright.parallel.layout import Layout, to_dict
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two: what is known of it. ``result`` is None for a plan document."""
+    """One of the two: what is known of it."""
 
     name: str
     layout: Layout[int] | None
@@ -32,7 +31,7 @@ class Side:
     cluster: Cluster | None
     estimate: Estimate | None
     env: Mapping[str, str]
-    result: CheckResult | None = None
+    result: CheckResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,8 @@ def _side_dict(side: Side) -> dict[str, Any]:
         "layout": None if side.layout is None else to_dict(side.layout),
         "model": None if side.model is None else side.model.name,
         "estimate": None if side.estimate is None else side.estimate.to_dict(),
-        "findings": [] if side.result is None else [f.to_dict() for f in side.result.findings],
+        "unpriced": side.result.unpriced,
+        "findings": [f.to_dict() for f in side.result.findings],
     }
 
 
@@ -134,12 +134,9 @@ def compare(
 
 
 def _side(source: str | Path | Sequence[str], cluster: str | None, gpus: int | None) -> Side:
-    if isinstance(source, str | Path):
-        saved = _plan_side(Path(source))
-        if saved is not None:
-            return saved
-    gpu_text = _for_world(source, cluster, gpus)
-    result = check(source, gpus=gpus, cluster=gpu_text)
+    is_plan = load_saved(source) is not None
+    gpu_text = None if is_plan else _for_world(source, cluster, gpus)
+    result = check(source, gpus=None if is_plan else gpus, cluster=gpu_text)
     return Side(
         name=str(source) if isinstance(source, str | Path) else " ".join(source)[:60],
         layout=result.layout,
@@ -167,30 +164,6 @@ def _for_world(source: Any, cluster: str | None, gpus: int | None) -> str | None
     if world % per_node == 0:
         return f"{world // per_node}x{per_node}x{machine.gpu.name}"
     return f"{world}x{machine.gpu.name}" if world < per_node else cluster
-
-
-def _plan_side(path: Path) -> Side | None:
-    if path.suffix.lower() != ".toml":
-        return None
-    try:
-        document = tomllib.loads(read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return None
-    if not {"model", "cluster", "layout"} <= document.keys():
-        return None
-    from meshwright.cost.detail import estimate
-    from meshwright.plan_document import from_document
-
-    saved = from_document(document, str(path))
-    return Side(
-        name=str(path),
-        layout=saved.layout,
-        model=saved.model,
-        job=saved.job,
-        cluster=saved.cluster,
-        estimate=estimate(saved.model, saved.cluster, saved.job, saved.layout),
-        env={},
-    )
 
 
 def _layout_differences(a: Side, b: Side) -> Iterable[Difference]:
@@ -304,9 +277,7 @@ def _notes(a: Side, b: Side) -> list[str]:
     notes: list[str] = []
     for side in (a, b):
         if side.estimate is None:
-            notes.append(
-                f"{side.name}: not priced; give --cluster, and see check for what is wrong"
-            )
+            notes.append(f"{side.name} is not priced: {side.result.unpriced}")
     if a.layout is not None and b.layout is not None and a.model is not None:
         notes += notes_on(a.model, a.layout, b.layout, (_divisor(a), _divisor(b)))
     return notes
@@ -314,6 +285,6 @@ def _notes(a: Side, b: Side) -> list[str]:
 
 def _divisor(side: Side) -> int:
     """Return what the vocabulary is padded to a multiple of, times TP."""
-    words = {} if side.result is None else side.result.launch.words
+    words = side.result.launch.words
     value = words.get("make_vocab_size_divisible_by")
     return value if isinstance(value, int) and value > 0 else 128

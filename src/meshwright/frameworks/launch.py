@@ -25,6 +25,7 @@ TITLES: Final = {
     "skyrl": "SkyRL",
     "verl": "verl",
     "torchtitan": "torchtitan",
+    "meshwright": "A plan of meshwright",
 }
 
 
