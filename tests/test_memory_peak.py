@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,9 @@ from meshwright.describe.facts import Attention, Decoder, Layer, Mamba, Mlp
 from meshwright.describe.job import Execution, Job, precision
 from meshwright.describe.model import Model
 from meshwright.describe.models import load_model
+from meshwright.fit.documents import load_models, shipped
+from meshwright.fit.predict import predict
+from meshwright.fit.summary import summarize
 from meshwright.parallel.layout import Layout, Zero, layout
 
 MIB = 2.0**20
@@ -240,3 +244,33 @@ def test_free_routing_holds_half_as_many_routed_tokens_again_on_the_fullest_rank
     # A capacity factor scales routed tokens and nothing else.
     routed = kept(capacity_factor=2.0) - kept()
     assert kept(forced_balance=False) - kept() == pytest.approx(routed / 2, rel=1e-9)
+
+
+def run_of(model: str, **words: Any) -> dict[str, str]:
+    cells = {"model": model, "gpu": "H100-SXM-80GB", "n_gpus": "8", "gbs": "8", "mbs": "1"}
+    cells |= {"id": model, "seq_len": "1024", "precision": "bf16", "task": "pretrain"}
+    cells |= {"peak_memory_stat": "allocated", "peak_memory_bytes": "8e9"}
+    return cells | {"other_settings": json.dumps(words)}
+
+
+HYBRID = "mlm-h1024-l44-a16-kv8-hybrid"
+
+
+def test_a_row_that_lays_out_other_layers_than_its_model_is_refused() -> None:
+    models = load_models(shipped("models.json.gz"))
+    whole, cut = models[HYBRID]["hybrid_pattern"], "M-M*"
+    found = predict([run_of(HYBRID, hybrid_layer_pattern=p) for p in (whole, cut)], models)
+    assert [p.status for p in found] == ["ok", "refused"]
+    assert "lay out 4 layers" in found[1].why and "has 44" in found[1].why
+
+
+def test_memory_that_cannot_hold_the_weights_is_told_and_in_no_error_but_still_predicted() -> None:
+    models = load_models(shipped("models.json.gz"))
+    rows = [run_of(HYBRID, mem_allocated_between_steps_gib=gib) for gib in (0.4, 2.0)]
+    rows[1]["id"] = "sound"
+    found = predict(rows, models)
+    told = summarize(rows, found, models)
+    assert found[0].peak_bytes == found[1].peak_bytes
+    assert list(told["impossible_memory"]) == [HYBRID]
+    assert "0.43 GB held between steps" in told["impossible_memory"][HYBRID]
+    assert told["peak_memory"]["all"]["rows"] == 1

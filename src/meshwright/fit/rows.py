@@ -130,9 +130,24 @@ def _override(entry: dict[str, Any], s: Settings) -> None:
         return
     # Bars part pipeline stages, and what follows a slash is one depth of multi-token prediction.
     main, *ahead = pattern.replace("|", "").split("/")
+    _refuse_other_depth(main, str(entry["hybrid_pattern"]), s)
     entry["hybrid_pattern"], entry["num_hidden_layers"] = main, len(main)
     if ahead:
         entry["mtp_hybrid_pattern"], entry["mtp_layers"] = ahead[0], len(ahead)
+
+
+def _refuse_other_depth(pattern: str, published: str, s: Settings) -> None:
+    """Raise ``ModelError`` where settings lay out another number of layers than the named model.
+
+    Such a run trains a cut-down model; its widths cannot be told from the settings.
+    """
+    layers = len(published.replace("|", "").partition("/")[0])
+    if layers and len(pattern) != layers:
+        rule = (
+            f"The settings lay out {len(pattern)} layers ({pattern}), this model has {layers}: "
+            "they contradict each other."
+        )
+        raise ModelError("model", s.cell("model"), rule, "Name the model that was trained.")
 
 
 def _default_ffn(entry: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
@@ -20,6 +21,9 @@ TUNED = ("benchmark", "paper", "matched-ab")
 RANKED = (*TUNED, "sweep")
 """Qualities whose layouts are ranked: sweeps are noisy in time, and made to compare layouts."""
 
+BETWEEN_STEPS = "mem_allocated_between_steps_gib"
+"""What a run reports to hold on the card when no step runs."""
+
 PAIR_DIFFERENCE = 0.02
 """Layouts whose measured times are nearer than this share are not ranked against each other."""
 
@@ -32,7 +36,9 @@ def summarize(
     """Return the summary: counts, error tables of time and memory, ranking, worst rows.
 
     Rows marked inconsistent by the file are counted and left out of every error; so are rows
-    without a measured value. Nothing that was refused is part of an error, only of the coverage.
+    without a measured value, and, with the reason, from the errors of memory those whose measured
+    memory could not hold the model they name. Nothing that was refused is part of an error, only
+    of the coverage.
     """
     pairs = list(zip(rows, found, strict=True))
     status = {s: sum(p.status == s for p in found) for s in ("ok", "unsupported", "refused")}
@@ -40,12 +46,15 @@ def summarize(
     timed = [(r, p) for r, p in usable if time_error(p) is not None]
     tuned = [(r, p) for r, p in timed if (r.get("quality") or "") in TUNED]
     weighed = [(r, p) for r, p in usable if memory_error(p) is not None and memory_counts(r)]
+    impossible = {p.id: why for r, p in weighed if (why := impossible_memory(r, p))}
+    weighed = [(r, p) for r, p in weighed if p.id not in impossible]
     return {
         "rows": len(found),
         **status,
         "coverage_fraction": status["ok"] / len(found) if found else 0.0,
         "inconsistent": len(pairs) - len(usable),
         "reasons": _reasons(found),
+        "impossible_memory": impossible,
         "step_time": _tables(tuned, time_error, models),
         "step_time_by_quality": _table(timed, time_error, lambda r: r.get("quality") or ""),
         "peak_memory": _tables(weighed, memory_error, models),
@@ -62,6 +71,22 @@ def summarize(
 def is_inconsistent(row: Row) -> bool:
     """Return whether the file itself marks the measurement as contradictory."""
     return (row.get("consistency") or "").startswith("inconsistent")
+
+
+def impossible_memory(row: Row, p: Prediction) -> str:
+    """Return why a row's memory cannot be of the model it names, empty where it can.
+
+    Between steps a rank holds at least its weights; where ``mem_allocated_between_steps_gib`` is
+    less, row and measurement are of different models. Predictions never read it.
+    """
+    between = re.search(rf'"{BETWEEN_STEPS}":\s*([0-9.]+)', row.get("other_settings") or "")
+    if between is None or p.estimate is None:
+        return ""
+    held = float(between[1]) * 2.0**30
+    weights = min(stage["weights_bytes"] for stage in p.estimate.stages)
+    if held >= weights:
+        return ""
+    return f"{held / 1e9:.2f} GB held between steps are less than {weights / 1e9:.2f} GB of weights"
 
 
 def memory_counts(row: Row) -> bool:
