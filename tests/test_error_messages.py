@@ -113,7 +113,7 @@ def test_a_silent_failure_is_told(name: str) -> None:
 
 
 def test_data_order_and_vocabulary_are_told_when_a_layout_changes() -> None:
-    """The silent failures 7 and 8; the 9th, a displayed loss, is no matter of configuration."""
+    """The silent failures 7 and 8."""
     notes = "\n".join(
         compare(
             megatron("--vocab-size 50257"),
@@ -123,3 +123,13 @@ def test_data_order_and_vocabulary_are_told_when_a_layout_changes() -> None:
     )
     assert "Data parallelism 8 -> 2" in notes
     assert "Padded vocabulary 50304 -> 50688" in notes
+
+
+def test_a_loss_that_some_versions_print_divided_is_told() -> None:
+    """The silent failure 9: in a check as a note, and where two launches differ in cp or tp."""
+    split = megatron("--context-parallel-size 2")
+    assert "displayed_loss_is_whole" in {f.id for f in check(split, gpus=8).findings}
+    assert "displayed_loss_is_whole" not in {f.id for f in check(megatron(""), gpus=8).findings}
+    notes = compare(megatron(""), split, gpus=8).notes
+    assert any(note.startswith("cp 1 -> 2") for note in notes)
+    assert not any(note.startswith("tp ") for note in notes)

@@ -278,9 +278,20 @@ def _notes(a: Side, b: Side) -> list[str]:
     for side in (a, b):
         if side.estimate is None:
             notes.append(f"{side.name} is not priced: {side.result.unpriced}")
+    if a.layout is not None and b.layout is not None:
+        notes += _loss_notes(a.layout, b.layout)
     if a.layout is not None and b.layout is not None and a.model is not None:
         notes += notes_on(a.model, a.layout, b.layout, (_divisor(a), _divisor(b)))
     return notes
+
+
+def _loss_notes(a: Layout[int], b: Layout[int]) -> Iterable[str]:
+    for name, before, after in (("cp", a.cp, b.cp), ("tp", a.tp, b.tp)):
+        if before != after:
+            yield (
+                f"{name} {before} -> {after}: some versions print the loss divided by {name};"
+                " losses that differ by exactly that ratio differ in their display"
+            )
 
 
 def _divisor(side: Side) -> int:

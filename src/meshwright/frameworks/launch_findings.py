@@ -50,6 +50,7 @@ def told(launch: Launch) -> list[Finding]:
     found += _connections(launch)
     found += _dispatcher(words)
     found += _lazy_groups(words)
+    found += _displayed_loss(launch)
     if _is_unbalanced(words):
         rule = (
             "Nothing balances the experts: no auxiliary loss, no router bias, no capacity. Some"
@@ -112,6 +113,23 @@ def _lazy_groups(words: Mapping[str, Any]) -> Iterable[Finding]:
     remedy = "If one does, switch the overlap off (Megatron-LM: --no-overlap-p2p-communication)."
     name = "overlap_p2p_comm"
     yield said("overlapped_p2p_makes_groups_late", name, True, rule, remedy, "note")
+
+
+def _displayed_loss(launch: Launch) -> Iterable[Finding]:
+    """Tell that a loss which is off by exactly cp is a matter of its display."""
+    cp = launch.words.get("context_parallel_size")
+    if launch.framework == "torchtitan" or not isinstance(cp, int) or cp < 2:
+        return
+    rule = (
+        f"Some versions print the loss divided or multiplied by cp = {cp}: its sum and its number"
+        " of tokens were reduced over different groups."
+    )
+    remedy = (
+        "Before comparing curves, print the first loss with cp = 1 beside it: a ratio of exactly"
+        f" {cp} is the display (or, where the gradient norm has it too, a bug of that version)."
+    )
+    name = "displayed_loss_is_whole"
+    yield said(name, "context_parallel_size", cp, rule, remedy, "note")
 
 
 def _is_unbalanced(words: Mapping[str, Any]) -> bool:
