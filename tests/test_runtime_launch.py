@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from meshwright.errors import LaunchError, LayoutError
-from meshwright.runtime.launch import run_ranks
+from meshwright.runtime.launch import join_torchrun, run_ranks
 
 pytestmark = pytest.mark.parity
 
@@ -88,3 +89,56 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_none_survives(tmp_path
 def test_a_timeout_is_a_positive_number_of_seconds(timeout_s: float) -> None:
     with pytest.raises(LaunchError, match="timeout_s"):
         run_ranks(1, lambda rank: rank, timeout_s=timeout_s)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _as_torchrun(rank: int, port: int, fault: str) -> str:
+    """Meet another process as torchrun's ranks do; rank 1 has a fault. Returns what was told."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {k: str(v) for k, v in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    try:
+        with join_torchrun(2, timeout_s=3.0):
+            if rank == 1 and fault == "hangs":
+                time.sleep(7)
+            if rank == 1 and fault == "disk":
+                raise OSError(28, "No space left on device")
+            dist.barrier()
+    except LaunchError as error:
+        return str(error)
+    except OSError:
+        return "raised as it is"
+    return ""
+
+
+def _never_there(rank: int, port: int) -> str:
+    return _as_torchrun(rank, port, "") if rank == 0 else ""
+
+
+def test_a_rank_that_gives_no_sign_is_named_within_the_timeout() -> None:
+    told = run_ranks(0, _as_torchrun, _free_port(), "hangs", extra=2, timeout_s=30)
+    assert told[0].startswith("rank = 1: It stopped: it gave no sign, with a timeout of 3 s")
+
+
+def test_rank_0_tells_what_went_wrong_at_another() -> None:
+    told = run_ranks(0, _as_torchrun, _free_port(), "disk", extra=2, timeout_s=20)
+    assert told[0].startswith("rank = 1: It stopped: OSError: [Errno 28] No space left on device")
+    assert told[1] == "raised as it is"
+
+
+def test_ranks_that_never_come_end_the_wait() -> None:
+    told = run_ranks(0, _never_there, _free_port(), extra=2, timeout_s=20)
+    assert told[0].startswith("rank = 0: The ranks did not meet")
+
+
+def test_a_port_in_use_is_told() -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        told = run_ranks(0, _never_there, taken.getsockname()[1], extra=1, timeout_s=20)
+    assert "The ranks did not meet" in told[0]
+    assert "MASTER_PORT is free" in told[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,10 +73,7 @@ def test_rank_0_names_a_rank_that_was_killed(tmp_path: Path) -> None:
     processes = _start(
         tmp_path, *[("--steps", "1000000", "--metrics", str(metrics))] * 2, layout="tp=2"
     )
-    deadline = time.monotonic() + 60
-    while not metrics.exists() or not metrics.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    _until(lambda: metrics.exists() and metrics.read_text() != "")
     processes[1].send_signal(signal.SIGKILL)
     _, told = processes[0].communicate(timeout=60)
     processes[1].communicate()
@@ -109,3 +108,75 @@ def test_bad_input_is_told_without_a_traceback(
     assert "Traceback" not in error
     assert "error:" in error
     assert told in error
+
+
+def _ranks_of(folder: Path) -> list[int]:
+    """Return the processes, zombies aside, whose command line names a folder."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if str(folder / "config.json").encode() in words:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells ranks of a dead launcher")
+def test_ranks_of_a_killed_torchrun_save_and_end(tmp_path: Path) -> None:
+    config, metrics = tmp_path / "config.json", tmp_path / "metrics"
+    config.write_text(json.dumps(CONFIG), encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = ["train", str(config), "--layout", "tp=2", "--seq-len", "32", "--steps", "1000000"]
+    words += ["--metrics", str(metrics), "--checkpoints", str(tmp_path / "saved")]
+    launcher = subprocess.Popen(
+        [*torchrun, "--nproc-per-node", "2", "-m", "meshwright", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    _until(lambda: metrics.exists() and metrics.read_text() != "")
+    assert len(_ranks_of(tmp_path)) == 3
+    launcher.kill()
+    launcher.wait()
+    _until(lambda: not _ranks_of(tmp_path))
+    (saved,) = (tmp_path / "saved").iterdir()
+    assert saved.name == f"step-{len(metrics.read_text().splitlines()):08d}"
+
+
+def test_ctrl_c_before_a_terminal_saves_and_ends(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG), encoding="utf-8")
+    ours, theirs = os.openpty()
+    words = ["train", str(config), "--seq-len", "32", "--steps", "1000000", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "meshwright", *words, "--checkpoints", str(tmp_path / "saved")],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200"},
+    )
+    os.close(theirs)
+    shown = b""
+    deadline = time.monotonic() + 60
+    while b"loss" not in shown and time.monotonic() < deadline:
+        shown += os.read(ours, 4096)
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):
+        while more := os.read(ours, 4096):
+            shown += more
+    answer, _ = process.communicate(timeout=30)
+    os.close(ours)
+    report = json.loads(answer)
+    assert process.returncode == 0
+    assert report["stopped"]
+    assert Path(report["checkpoint"]).name == f"step-{report['step']:08d}"
+    assert b"stopping after this step" in shown
+    assert b"\x1b[" in shown
+
+
+def _until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
