@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 import meshwright
-from launches import plans, read_back, said
+from launches import MODELS, plans, read_back, said
+from meshwright.checks import Case, judge_one
 from meshwright.describe.cluster import load_cluster
-from meshwright.describe.job import Job, job
+from meshwright.describe.job import Execution, Job, job
 from meshwright.describe.model import Model
 from meshwright.errors import LaunchError
 from meshwright.frameworks.convert import convert
@@ -21,7 +24,7 @@ from meshwright.frameworks.launch import FRAMEWORKS
 from meshwright.frameworks.read import read_launch
 from meshwright.frameworks.resize import resize
 from meshwright.frameworks.write import launch_files, unsupported
-from meshwright.parallel.layout import Layout, Zero, from_text
+from meshwright.parallel.layout import Layout, Zero, from_text, table
 
 GOLDEN = Path(__file__).parent / "golden" / "frameworks"
 ZERO = {
@@ -43,8 +46,6 @@ def test_reading_what_was_written_gives_the_same_plan(
     """Law: the reader undoes the writer, and the framework's own rules accept what was written."""
     model, wanted, x = data
     if framework in ZERO:
-        from dataclasses import replace
-
         x = replace(x, zero=int(ZERO[framework][0]))
     assume(not unsupported(model, None, wanted, x, framework))
     for launcher in ("torchrun", "slurm"):
@@ -57,6 +58,72 @@ def test_reading_what_was_written_gives_the_same_plan(
         assert read.num_params == model.num_params
         assert [f.message for f in launch.findings if f.severity == "error"] == []
         assert launch.unread == ()
+
+
+@st.composite
+def _switched(draw: st.DrawFn) -> tuple[Model, Job, Layout[int]]:
+    """Draw a plan with switches, task, recomputation and pipeline text of its own."""
+    model = meshwright.load_model(draw(st.sampled_from(MODELS)))
+    pp, tp = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
+    recompute = draw(st.sampled_from(["none", "full", "full:block:2", "core_attn", "layernorm"]))
+    text = f"tp={tp} pp={pp} dp=4 recompute={recompute}"
+    text += f" ep={draw(st.sampled_from([1, 4])) if model.is_moe else 1}"
+    half = model.num_layers // 2
+    if pp == 2 and draw(st.booleans()):
+        mtp = "m" * len(model.mtp_layers)
+        text += f" pipeline_layout=E{'t' * half}|{'t' * (model.num_layers - half)}{mtp}L"
+    on = st.booleans()
+    execution = Execution(
+        overlap_grad_reduce=draw(on),
+        overlap_param_gather=draw(on),
+        overlap_tp_comm=draw(on),
+        fused_cross_entropy=draw(on),
+        fused_permute=draw(on),
+        fused_softmax=draw(on),
+        fused_wgrad_accumulation=draw(on),
+        grouped_gemm=draw(on),
+        flash_attention=draw(on),
+        cuda_graphs=draw(st.sampled_from(["none", "none", "partial", "full"])),
+        dispatcher=draw(st.sampled_from(["alltoall", "allgather", "deepep"])),
+        capacity_factor=draw(st.sampled_from([None, 1.5])),
+        optimizer_offload_fraction=draw(st.sampled_from([0.0, 0.5])),
+    )
+    precisions = ["bf16", "fp16", "fp8", "fp8-cs", "fp8-mx", "fp8-blockwise", "nvfp4"]
+    wanted = job(
+        seq_len=4096,
+        gbs=64,
+        precision_name=draw(st.sampled_from(precisions)),
+        task=draw(st.sampled_from(["pretrain", "sft", "lora"])),
+    )
+    rank = draw(st.sampled_from([8, 16, 32]))
+    x = from_text(text)
+    changed = replace(wanted, execution=execution, lora_rank=rank)
+    case = Case(model=model, job=changed, x=table([x]))
+    assume(not any(f.severity == "error" for f in judge_one(case)))
+    return model, changed, x
+
+
+@pytest.mark.parametrize("framework", [f for f in FRAMEWORKS if f != "torchtitan"])
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+)
+@given(data=_switched())
+def test_switches_precision_and_task_read_back_as_they_were_written(
+    framework: str, data: tuple[Model, Job, Layout[int]]
+) -> None:
+    """Law: what is not refused is exactly said; RL and SFT trainers have no pre-training."""
+    model, wanted, x = data
+    assume(not unsupported(model, None, wanted, x, framework))
+    launch = read_back(launch_files(model, None, wanted, x, framework))
+    layout = launch.layout()
+    read = launch.job(layout)
+    assert said(read, layout, model) == said(wanted, x, model)
+    tunes = framework in ("skyrl", "verl") and wanted.task == "pretrain"
+    assert read.task == ("sft" if tunes else wanted.task)
+    assert wanted.task != "lora" or read.lora_rank == wanted.lora_rank
+    assert [f.message for f in launch.findings if f.severity == "error"] == []
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -143,8 +210,6 @@ def test_connections_follow_the_overlap_and_the_gpu() -> None:
 
 def test_a_model_that_is_no_gpt_is_refused_where_its_shape_must_be_written() -> None:
     model = meshwright.load_model("llama3-8b")
-    from dataclasses import replace
-
     nameless = replace(model, facts=None)
     wanted, x = job(seq_len=4096, gbs=64), from_text("tp=2 dp=4")
     assert [f.field for f in unsupported(nameless, None, wanted, x, "megatron-lm")] == ["model"]

@@ -18,7 +18,7 @@ from meshwright.describe.model import Model
 from meshwright.errors import LaunchError, did_you_mean
 from meshwright.findings import Finding
 from meshwright.frameworks.carried import Carried, Unexpanded
-from meshwright.parallel.layout import DEFAULT_ORDER, Layout, Pipeline, Zero, to_text
+from meshwright.parallel.layout import DEFAULT_ORDER, Layout, Pipeline, Recompute, Zero, to_text
 
 Launcher = Literal["torchrun", "slurm"]
 LAUNCHERS: Final = ("torchrun", "slurm")
@@ -102,8 +102,9 @@ def refusal(field_name: str, value: object, rule: str, remedy: str) -> Finding:
     )
 
 
-def megatron_refusals(x: Layout[int], title: str) -> list[Finding]:
-    """Return what no framework on Megatron Core can express of a layout."""
+def megatron_refusals(target: Target, title: str) -> list[Finding]:
+    """Return what no framework on Megatron Core can express of a plan."""
+    x = target.layout
     found: list[Finding] = []
     if x.schedule not in (Pipeline.one_f_one_b, Pipeline.interleaved):
         rule = f"{title} runs 1f1b, or interleaved with virtual stages."
@@ -116,9 +117,26 @@ def megatron_refusals(x: Layout[int], title: str) -> list[Finding]:
     if x.order not in (DEFAULT_ORDER, "tp-cp-ep-pp-dp"):
         rule = f"{title} lays ranks out as {DEFAULT_ORDER} or tp-cp-ep-pp-dp."
         found.append(refusal("layout.order", x.order, rule, f"Use order={DEFAULT_ORDER}."))
+    found += _switch_refusals(target, title)
     if x.zero == Zero.no_shard and x.dp_replicate > 1:
         rule = f"{title} counts replicas of a sharded optimizer; this layout shards none."
         found.append(refusal("layout.dp_replicate", x.dp_replicate, rule, "Use dp_replicate=1."))
+    return found
+
+
+def _switch_refusals(target: Target, title: str) -> list[Finding]:
+    x, execution, found = target.layout, target.job.execution, list[Finding]()
+    if execution.cuda_graphs == "partial" and x.recompute & Recompute.full:
+        rule = f"{title} recomputes whole layers with a graph of the whole iteration only."
+        found.append(refusal("job.cuda_graphs", "partial", rule, "Use none or full."))
+    sharded = x.zero == Zero.optim and x.dp * x.cp > 1
+    if sharded and execution.overlap_param_gather and not execution.overlap_grad_reduce:
+        rule = f"{title} overlaps the gather of parameters where it overlaps gradients."
+        remedy = "Use overlap_param_gather=false."
+        found.append(refusal("job.overlap_param_gather", True, rule, remedy))
+    if x.recompute & Recompute.moe_act and not execution.grouped_gemm:
+        rule = f"{title} recomputes the activation of experts in grouped products only."
+        found.append(refusal("job.grouped_gemm", False, rule, "Use grouped_gemm=true."))
     return found
 
 

@@ -62,6 +62,7 @@ _SHARED = {
         "exp_avg_dtype",
         "exp_avg_sq_dtype",
         "optimizer_cpu_offload",
+        "optimizer_offload_fraction",
         "overlap_param_gather_with_optimizer_step",
     ),
     "dist": (

@@ -40,7 +40,7 @@ _ELSEWHERE: Final = {
     "tp_comm_overlap": ("comm_overlap.tp_comm_overlap",),
     "overlap_moe_expert_parallel_comm": ("comm_overlap.overlap_moe_expert_parallel_comm",),
     "delay_wgrad_compute": ("comm_overlap.delay_wgrad_compute",),
-    "overlap_p2p_comm": (),
+    "overlap_p2p_comm": ("comm_overlap.overlap_p2p_comm",),
     "use_tp_pp_dp_mapping": ("dist.use_tp_pp_dp_mapping",),
     "optimizer_cpu_offload": ("optimizer.optimizer_cpu_offload",),
     "optimizer_offload_fraction": ("optimizer.optimizer_offload_fraction",),
@@ -63,7 +63,7 @@ RECIPES: Final = {
 
 def unsupported(target: Target) -> list[Finding]:
     """Return what Megatron-Bridge cannot express."""
-    found = megatron_refusals(target.layout, TITLE)
+    found = megatron_refusals(target, TITLE)
     problem = unwritable(target.model)
     if problem is not None:
         found.append(refusal("model", target.model.name, problem.rule, problem.remedy))
@@ -88,6 +88,13 @@ def write(target: Target) -> Written:
     }
     if x.zero > Zero.optim:
         overrides["checkpoint.ckpt_format"] = "fsdp_dtensor"
+    graphs = target.job.execution.cuda_graphs
+    if graphs != "none":
+        overrides |= {"model.use_te_rng_tracker": True, "model.attention_dropout": 0.0}
+    if graphs == "full":
+        overrides["rerun_state_machine.check_for_nan_in_loss"] = False
+    if target.job.execution.optimizer_offload_fraction:
+        overrides["optimizer.use_precision_aware_optimizer"] = True
     if target.job.task == "lora":
         overrides[LORA_RANK] = target.job.lora_rank
     if target.job.task != "pretrain" and x.cp > 1:
@@ -215,6 +222,9 @@ def _overrides(words: dict[str, Any], target: Target) -> dict[str, Any]:
         words = {w: v for w, v in words.items() if not w.startswith(("moe_", "expert_"))}
     found: dict[str, Any] = {}
     words.setdefault("use_distributed_optimizer", False)
+    if target.layout.vpp == 1:
+        # Without interleaving Bridge refuses a switch that would do nothing.
+        words["overlap_p2p_comm"] = False
     for word, value in words.items():
         for path in _ELSEWHERE.get(word, (f"model.{word}",)):
             if _differs(path, value):
@@ -223,10 +233,9 @@ def _overrides(words: dict[str, Any], target: Target) -> dict[str, Any]:
 
 
 def _differs(path: str, value: Any) -> bool:
-    """Say whether a value must be written: where it is no default, or where recipes have another.
-
-    Degrees and the distributed optimizer are what recipes set.
-    """
+    """Say whether a value must be written: recipes set degrees and switches as they like."""
     known = settings().get(path)
-    by_recipes = known is not None and (known.type == "int" or "distributed_opt" in path)
-    return known is not None and (by_recipes or known.default != value)
+    if known is None:
+        return False
+    by_recipes = known.type in ("int", "bool") or path == "model.moe_token_dispatcher_type"
+    return by_recipes or known.default != value

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Final
 
+from meshwright.describe.job import Execution
 from meshwright.findings import Finding
 from meshwright.frameworks.carried import Place, Unexpanded, Values, training_of
 from meshwright.frameworks.megatron_lm.arguments import Argument, arguments, by_name
@@ -45,7 +46,7 @@ _GROUPS: Final = {
 
 def unsupported(target: Target) -> list[Finding]:
     """Return what Megatron-LM cannot express."""
-    found = megatron_refusals(target.layout, TITLE)
+    found = megatron_refusals(target, TITLE)
     problem = unwritable(target.model)
     if problem is not None:
         found.append(refusal("model", target.model.name, problem.rule, problem.remedy))
@@ -202,6 +203,18 @@ def _bare(flag: str, argument: Argument) -> str:
     return "false" if negated or argument.action == "off" else "true"
 
 
+def _needed(execution: Execution) -> dict[str, Values]:
+    """Return what Megatron-LM asks for beside a switch of the plan."""
+    needed: dict[str, Values] = {}
+    if execution.cuda_graphs != "none":
+        needed["te_rng_tracker"] = ("true",)
+    if execution.cuda_graphs == "full":
+        needed["check_for_nan_in_loss_and_grad"] = ("false",)
+    if execution.optimizer_offload_fraction:
+        needed["use_precision_aware_optimizer"] = ("true",)
+    return needed
+
+
 def _most(argument: Argument) -> int:
     if argument.action != "store":
         return 0
@@ -221,7 +234,7 @@ def _training(target: Target) -> list[list[str]]:
         defaults["rotary_base"] = Unexpanded("$ROTARY_BASE")
     if target.model.is_mla:
         defaults["apply_rope_fusion"] = "false"
-    found = training_of(target.carried, defaults)
+    found = {**training_of(target.carried, defaults), **_needed(target.job.execution)}
     return [line for name, values in found.items() if (line := _line(name, values))]
 
 

@@ -80,10 +80,14 @@ FROM_DOCUMENTATION: Final = frozenset(
 
 def unsupported(target: Target) -> list[Finding]:
     """Return what NeMo 2 cannot express."""
-    found = megatron_refusals(target.layout, TITLE)
+    found = megatron_refusals(target, TITLE)
     problem = unwritable(target.model)
     if problem is not None:
         found.append(refusal("model", target.model.name, problem.rule, problem.remedy))
+    graphs = target.job.execution.cuda_graphs
+    if graphs != "none":
+        rule = f"{TITLE}'s graphs of single layers are no choice of a plan."
+        found.append(refusal("job.cuda_graphs", graphs, rule, "Use none."))
     if target.job.precision.name == "fp32":
         rule = f"{TITLE} trains Megatron models in 16 bits or less."
         found.append(refusal("job.precision", "fp32", rule, "Use bf16."))

@@ -109,13 +109,17 @@ def places() -> dict[str, Place]:
 def unsupported(target: Target) -> list[Finding]:
     """Return what SkyRL cannot express: it has no virtual stages, among others."""
     x = target.layout
-    found = megatron_refusals(x, TITLE) if x.vpp == 1 else []
+    found = megatron_refusals(target, TITLE) if x.vpp == 1 else []
     found = [f for f in found if f.field != "layout.order"] + absent(x, TITLE, _ABSENT)
     found += zero_refusal(x, TITLE, (Zero.optim,))
     if target.job.precision.name not in ("bf16", "fp8", "fp8-cs", "fp8-mx", "fp8-blockwise"):
         rule = f"{TITLE} trains Megatron models in bf16, with or without fp8."
         found.append(refusal("job.precision", target.job.precision.name, rule, "Use bf16."))
     found += no_cuda_graphs(target, TITLE)
+    dispatcher = target.job.execution.dispatcher
+    if dispatcher == "allgather" and x.ep > 1:
+        rule = f"{TITLE}'s sequences have any length, which allgather does not take."
+        found.append(refusal("job.dispatcher", dispatcher, rule, "Use alltoall."))
     unit = x.dp * x.cp
     if target.job.gbs % unit:
         rule = f"{TITLE} asks for a multiple of gpus/(tp*pp) = {unit}."

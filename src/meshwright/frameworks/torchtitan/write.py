@@ -6,10 +6,11 @@ import re
 from functools import cache
 from typing import Any, Final
 
+from meshwright.describe.job import Execution
 from meshwright.findings import Finding
 from meshwright.frameworks.carried import PLAN, Carried, Place, Unexpanded, joined, training_of
 from meshwright.frameworks.torchtitan.read import DEFAULTS, NAMES, SCHEDULES, TITLE
-from meshwright.frameworks.words import DEGREES
+from meshwright.frameworks.words import DEGREES, EXECUTION_FIELDS, effective
 from meshwright.frameworks.written import (
     Target,
     Variable,
@@ -182,17 +183,24 @@ def write(target: Target) -> Written:
         ),
         env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
         | ({"CUDA_DEVICE_MAX_CONNECTIONS": "32"} if x.tp > 1 else {}),
-        remarks=_remarks(x),
+        remarks=_remarks(target),
     )
 
 
-def _remarks(x: Layout[int]) -> list[str]:
-    if not x.recompute:
-        return []
-    return [
-        "Where the configuration chooses recomputation by a class, use FullAC there and leave"
-        " --activation_checkpoint.mode out."
-    ]
+def _remarks(target: Target) -> list[str]:
+    x, remarks = target.layout, list[str]()
+    if x.recompute:
+        remarks.append(
+            "Where the configuration chooses recomputation by a class, use FullAC there and leave"
+            " --activation_checkpoint.mode out."
+        )
+    switches = effective(target.job.execution, x, target.model.is_moe)
+    usual = effective(Execution(), x, target.model.is_moe)
+    for name in EXECUTION_FIELDS:
+        value = getattr(switches, name)
+        if name != "cuda_graphs" and value != getattr(usual, name):
+            remarks.append(f"{TITLE} has no option for {name} = {value}: it decides by itself.")
+    return remarks
 
 
 def _training(carried: Carried) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def places() -> dict[str, Place]:
 def unsupported(target: Target) -> list[Finding]:
     """Return what verl cannot express."""
     x, job = target.layout, target.job
-    found = [f for f in megatron_refusals(x, TITLE) if f.field != "layout.order"]
+    found = [f for f in megatron_refusals(target, TITLE) if f.field != "layout.order"]
     found += absent(x, TITLE, _ABSENT)
     found += no_cuda_graphs(target, TITLE)
     if job.precision.name in ("fp32", "nvfp4"):
