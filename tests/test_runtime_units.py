@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshwright.describe.models import build_model, load_config, load_model
 from meshwright.errors import MeshwrightError
 from meshwright.parallel.layout import Pipeline, from_text, layout
 from meshwright.parallel.pipeline import build_schedule
@@ -30,6 +31,7 @@ from meshwright.runtime.legality import check_runnable
 from meshwright.runtime.optimizer import OptimizerSettings
 from meshwright.runtime.parameters import Box, initial_values
 from meshwright.runtime.pipeline_parallel import message_of
+from meshwright.runtime.shape import assumed_of, shape_of
 from meshwright.runtime.tensor_parallel import WeightGradients, linear
 from meshwright.runtime.train_loop import learning_rate
 from meshwright.runtime.train_settings import TrainSettings
@@ -252,3 +254,21 @@ def test_recomputation_changes_no_gradient() -> None:
     for other in others:
         for a, b in zip(first, other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["llama3.1-8b", "Llama 3.1 8B", "meta-llama/Llama-3.1-8B"])
+def test_a_known_model_has_its_published_numbers_however_it_is_spelled(name: str) -> None:
+    model, config = load_model(name), load_config(name)
+    shape = shape_of(model, config)
+    assert (shape.rope.theta, shape.norm_eps, shape.rope.factor) == (500_000.0, 1e-5, 8.0)
+    assert assumed_of(model, config) == ()
+
+
+def test_what_a_config_leaves_open_is_listed() -> None:
+    config = {"model_type": "qwen3_moe"}
+    assert [line.split(" ")[0] for line in assumed_of(build_model(config), config)] == [
+        "rms_norm_eps",
+        "rope_theta",
+        "router_aux_loss_coef",
+        "norm_topk_prob",
+    ]

@@ -65,11 +65,11 @@ def load_model(text: str) -> Model:
 def load_config(text: str) -> Mapping[str, Any]:
     """Return the config that ``load_model`` reads, as it stands. Raises what that raises."""
     load_model(text)
-    key = text.strip().lower()
-    if key in _known_files():
-        file = resources.files("meshwright.describe") / "configs" / f"{key}.json"
-        return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))
     path = Path(text).expanduser()
+    known = _spellings().get(_squashed(text.rsplit("/", 1)[-1]))
+    if known is not None and ("/" not in text or not path.exists()):
+        file = resources.files("meshwright.describe") / "configs" / f"{known}.json"
+        return cast("dict[str, Any]", json.loads(file.read_text(encoding="utf-8")))
     return _read_json(path / "config.json" if path.is_dir() else path)
 
 
