@@ -413,3 +413,27 @@ def test_what_no_launch_is_as_large_as_ends_in_an_error_of_ours(text: str) -> No
         use(read_document(text, "run.sh"))
     except MeshwrightError as error:
         assert error.rule
+
+
+def test_a_script_that_only_submits_another_one_says_which(tmp_path: Path) -> None:
+    script = tmp_path / "submit.sh"
+    script.write_text("cat > job.sbatch <<EOF\nsrun python x.py\nEOF\nsbatch job.sbatch\n")
+    with pytest.raises(LaunchError, match=r"line 4 hands over to job\.sbatch"):
+        read_launch(script)
+
+
+def test_the_configuration_file_names_the_model_of_torchtitan() -> None:
+    words = ["torchrun", "--nproc_per_node=8", "-m", "torchtitan.train", "--job.config_file"]
+    words += ["./torchtitan/models/llama3/train_configs/llama3_8b.toml"]
+    words += ["--parallelism.tensor_parallel_degree", "3"]
+    launch = read_launch(words)
+    assert launch.words["model"] == "llama3_8b"
+    assert "TT-MODEL-heads_tp" in {f.id for f in launch.findings}
+
+
+def test_a_batch_that_does_not_divide_is_told_once() -> None:
+    """Ours: of two refusals with one cause the second only confuses."""
+    words = ["python", "-m", "skyrl.train.entrypoints.main_base", "trainer.strategy=megatron"]
+    words += ["trainer.train_batch_size=128", "trainer.policy_mini_batch_size=48"]
+    found = [f.id for f in read_launch(words).findings if f.severity == "error"]
+    assert found == ["SKY-RL-train_mini_div"]

@@ -261,7 +261,8 @@ def show_check(result: CheckResult, *, settings: bool = False, notes: bool = Fal
     if hidden:
         typer.echo(f"{hidden} {'note' if hidden == 1 else 'notes'} more: --notes shows them.")
     errors = sum(f.severity == "error" for f in result.findings)
-    typer.echo("It would start." if not errors else f"It would not start: {errors} error(s).")
+    told = f"{errors} {'error' if errors == 1 else 'errors'}"
+    typer.echo(f"It would not start: {told}." if errors else "It would start.")
 
 
 def _show_price(result: CheckResult) -> None:

@@ -58,7 +58,7 @@ _PATHS: Final = {
 }
 _TITAN_FLAG: Final = re.compile(
     r"--(parallelism|training|activation_checkpoint|compile|comm|checkpoint|optimizer|metrics"
-    r"|profiler|model|debug)\.[a-z_.\-]+(=.*)?",
+    r"|profiler|profiling|model|debug|job|experimental|lr_scheduler)\.[a-z_.\-]+(=.*)?",
     re.DOTALL,
 )
 
@@ -190,12 +190,7 @@ def _from_script(
             elif len(error.remedy) and error.value:
                 unclear = unclear or error
     if not found:
-        raise unclear or LaunchError(
-            "launch",
-            None,
-            "No training of a known framework is started here.",
-            f"State --framework, one of {', '.join(FRAMEWORKS)}.",
-        )
+        raise _submitted(script) or unclear or _nothing_started()
     chosen, name = found[0]
     if len(chosen.args) > MOST_ARGUMENTS:
         rule = f"A launch has at most {MOST_ARGUMENTS} arguments; this has {len(chosen.args)}."
@@ -222,6 +217,22 @@ def _as_word(override: Override) -> Word:
     """Return a setting of a document as a word of a command line."""
     text = f"{override.prefix}{override.path}={override.value}"
     return Word(text, 0, (), override.unknown)
+
+
+def _nothing_started() -> LaunchError:
+    rule = "No training of a known framework is started here."
+    return LaunchError("launch", None, rule, f"State --framework, one of {', '.join(FRAMEWORKS)}.")
+
+
+def _submitted(script: Script) -> LaunchError | None:
+    """Return what to say of a script that only starts another one."""
+    for command in script.commands:
+        program, *rest = (word.text for word in command.words)
+        files = [w for w in rest if w.endswith((".sh", ".sbatch", ".slurm"))]
+        if program.rpartition("/")[2] in ("sbatch", "bash", "sh", "source", ".") and files:
+            rule = f"No training is started here; line {command.line} hands over to {files[0]}."
+            return LaunchError("launch", files[0], rule, "Check that file.")
+    return None
 
 
 def _candidate(command: Command, around: Counts) -> Started | None:

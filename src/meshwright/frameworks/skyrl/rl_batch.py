@@ -80,7 +80,7 @@ def _mini_micro(f: Facts) -> object:
 
 
 def _train_mini_per_gpu(f: Facts) -> object:
-    numbers = _per_gpu(f)
+    numbers = None if _train_mini_div(f) else _per_gpu(f)  # said already
     return numbers and numbers["each"] > 0 and numbers["all"] % numbers["each"] and numbers
 
 

@@ -111,9 +111,11 @@ def _model(
     for at, word in enumerate(words[:-1]):
         if word == "--config":
             text, origin = words[at + 1], "--config"
-    file = env.get("CONFIG_FILE")
+    stated = known.get("job.config_file")
+    file = env.get("CONFIG_FILE") if stated is None else stated.value
     if not text and isinstance(file, str):
-        text, origin = re.sub(r"\.toml$", "", file.rpartition("/")[2]), "CONFIG_FILE"
+        text = re.sub(r"\.toml$", "", file.rpartition("/")[2])
+        origin = "CONFIG_FILE" if stated is None else stated.origin
     if not text and isinstance(env.get("CONFIG"), str):
         text, origin = str(env["CONFIG"]), "CONFIG"
     if text:
