@@ -1,11 +1,11 @@
-"""What parallel execution costs on this machine, side by side in one run.
+"""What parallel execution costs on this machine: pairs of wall-clock times, one beside the other.
 
-    python bench/runtime_overhead.py [--rounds 5] [--out bench/results/runtime_overhead.md]
+    python bench/runtime_overhead.py [--rounds 5] [--only TEXT] [--out PATH]
 
-A 20M-parameter Llama, float32, one thread per process, forward + backward + AdamW. Every layout of
-two ranks is timed against two independent copies on the same two cores; rounds alternate between
-the cases, and the smallest time of each counts. Pipelines of sleeping stages show a schedule
-without hardware for it.
+A 20M-parameter Llama, float32, one thread per process, forward + backward + AdamW. In the same two
+processes a step of the layout follows a step of two independent copies, A B A B ..., and the median
+of the ratios of neighbours counts: what disturbs the machine for longer than a step disturbs both.
+A pipeline is held against its schedule, simulated with the CPU seconds of its own stages.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ import argparse
 import datetime
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from meshwright.parallel.layout import Pipeline, from_text, layout
-from meshwright.parallel.pipeline import build_schedule, simulate
+from meshwright.parallel.layout import from_text, layout
+from meshwright.parallel.pipeline import Action, simulate
+from meshwright.runtime import pipeline_parallel
 from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.launch import run_ranks
-from meshwright.runtime.pipeline_parallel import message_of
 from meshwright.runtime.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -41,59 +43,69 @@ SHAPE = ModelShape(
     vocab_size=8192,
 )
 SEQ_LEN, GBS = 512, 4
-STEPS = 3
-CASES = {
-    "two independent copies": ("copies", GBS, SEQ_LEN),
-    "TP2 with SP": ("tp=2", GBS, SEQ_LEN),
-    "TP2 without SP": ("tp=2 sp=false", GBS, SEQ_LEN),
-    "DP2, no_shard": ("dp=2 zero=no_shard mbs=2", GBS, SEQ_LEN),
-    "DP2, optim (ZeRO-1)": ("dp=2 zero=optim mbs=2", GBS, SEQ_LEN),
-    "DP2, optim_grads_params (ZeRO-3)": ("dp=2 zero=optim_grads_params mbs=2", GBS, SEQ_LEN),
-    "PP2 1F1B, 4 microbatches": ("pp=2", GBS, SEQ_LEN),
-    "PP2 interleaved, vpp 2": ("pp=2 vpp=2", GBS, SEQ_LEN),
-    "PP2 ZB-V": ("pp=2 vpp=2 schedule=zb_v", GBS, SEQ_LEN),
+LONG_SEQ_LEN = 4096
+COPIES = {
+    "TP2 with SP": ("tp=2 mbs=4", 1.16),
+    "TP2 without SP": ("tp=2 sp=false mbs=4", 1.16),
+    "DP2, no_shard": ("dp=2 zero=no_shard mbs=2", 1.08),
+    "DP2, optim (ZeRO-1)": ("dp=2 zero=optim mbs=2", 1.08),
+    "DP2, optim_grads_params (ZeRO-3)": ("dp=2 zero=optim_grads_params mbs=2", 1.18),
 }
+"""Layouts against two independent copies, and the ratio to stay below."""
+PIPELINES = {
+    "PP2 1F1B": "pp=2",
+    "PP2 interleaved, vpp 2": "pp=2 vpp=2",
+    "PP2 ZB-H1": "pp=2 schedule=zb_h1",
+    "PP2 ZB-V": "pp=2 vpp=2 schedule=zb_v",
+}
+"""Layouts against the theory of their schedule, four micro-batches; the goal is 1.03."""
 
 
-Times = tuple[float, float]
-"""Seconds of wall clock and of this process's CPU, the smallest of several steps."""
+def engine_of(text: str, rank: int, gbs: int, seq_len: int) -> Callable[[], object]:
+    """Return a training step of a layout; ``copy`` is one process by itself."""
+    alone = text == "copy"
+    x = layout(mbs=gbs) if alone else from_text(text)
+    engine = Engine(SHAPE, x, Settings(seq_len=seq_len, gbs=gbs), rank=0 if alone else rank)
+    rows = engine.own_rows(tokens(gbs, seq_len))
+    return lambda: engine.step(rows)
 
 
-def timed(step: Callable[[], object]) -> Times:
-    step()
-    wall_s = cpu_s = float("inf")
-    for _ in range(STEPS):
-        if dist.is_initialized():
-            dist.barrier()
-        start_s, cpu_start_s = time.perf_counter(), time.process_time()
-        step()
-        wall_s = min(wall_s, time.perf_counter() - start_s)
-        cpu_s = min(cpu_s, time.process_time() - cpu_start_s)
-    return wall_s, cpu_s
-
-
-def _tokens(gbs: int, seq_len: int) -> torch.Tensor:
+def tokens(gbs: int, seq_len: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, SHAPE.vocab_size, (gbs, seq_len + 1), generator=generator)
 
 
-def time_layout(rank: int, text: str, gbs: int, seq_len: int) -> Times:
-    copies = text == "copies"
-    x = layout(mbs=gbs // 2) if copies else from_text(text)
-    if x.pp == 1 and not copies and x.dp == 1:
-        x = replace(x, mbs=gbs)
-    own = gbs // 2 if copies else gbs
-    settings = Settings(seq_len=seq_len, gbs=own)
-    engine = Engine(SHAPE, x, settings, rank=0 if copies else rank)
-    rows = engine.own_rows(_tokens(own, seq_len))
-    return timed(lambda: engine.step(rows))
+def together_s(step: Callable[[], object]) -> float:
+    """Return this rank's seconds of a step that all ranks begin together."""
+    if dist.is_initialized():
+        dist.barrier()
+    start_s = time.perf_counter()
+    step()
+    return time.perf_counter() - start_s
 
 
-def time_plain(rank: int, gbs: int, seq_len: int) -> Times:
-    """The same model in plain PyTorch, with its optimizer."""
+def in_turn(a: Callable[[], object], b: Callable[[], object], rounds: int) -> list[list[float]]:
+    """Return the seconds of a and of b, step after step, the first of each left out."""
+    together_s(a), together_s(b)
+    return [[together_s(a), together_s(b)] for _ in range(rounds)]
+
+
+def against_copies(rank: int, text: str, rounds: int) -> list[list[float]]:
+    copy = engine_of("copy", rank, GBS // 2, SEQ_LEN)
+    return in_turn(copy, engine_of(text, rank, GBS, SEQ_LEN), rounds)
+
+
+def context_parallel(rank: int, rounds: int) -> list[list[float]]:
+    """One rank with a long sequence while the other waits, then both with half of it each."""
+    one = engine_of("copy", rank, 1, LONG_SEQ_LEN) if rank == 0 else lambda: None
+    return in_turn(one, engine_of("cp=2", rank, 1, LONG_SEQ_LEN), rounds)
+
+
+def against_plain(rank: int, rounds: int) -> list[list[float]]:
+    """The same model in plain PyTorch with optimizer and clipping, then one process of ours."""
     model = Plain()
     adamw = torch.optim.AdamW(model.parameters(), fused=True)
-    rows = _tokens(gbs, seq_len)
+    rows = tokens(GBS // 2, SEQ_LEN)
 
     def step() -> None:
         loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
@@ -102,7 +114,65 @@ def time_plain(rank: int, gbs: int, seq_len: int) -> Times:
         adamw.step()
         adamw.zero_grad(set_to_none=True)
 
-    return timed(step)
+    return in_turn(step, engine_of("copy", rank, GBS // 2, SEQ_LEN), rounds)
+
+
+def pipeline(rank: int, text: str, rounds: int) -> list[tuple[float, float, dict[Any, float]]]:
+    """Return per step its seconds until the last message and CPU seconds by action and stage."""
+    x = from_text(text)
+    engine = Engine(SHAPE, x, Settings(seq_len=SEQ_LEN, gbs=GBS), rank=rank)
+    rows = engine.own_rows(tokens(GBS, SEQ_LEN))
+    spent: dict[Any, list[float]] = {}
+    perform = pipeline_parallel._Step.perform
+    run = engine.pipeline.run
+    seconds = 0.0
+
+    def timed(self: Any, action: Action) -> None:
+        start_s = time.thread_time()
+        perform(self, action)
+        stage = engine.schedule.stage(rank, action.chunk)
+        spent.setdefault((action.kind, stage), []).append(time.thread_time() - start_s)
+
+    def timed_run(*args: Any) -> Any:
+        nonlocal seconds
+        start_s = time.perf_counter()
+        found = run(*args)
+        seconds = time.perf_counter() - start_s
+        return found
+
+    pipeline_parallel._Step.perform = timed
+    engine.pipeline.run = timed_run
+    found: list[tuple[float, float, dict[Any, float]]] = []
+    for number in range(rounds + 1):
+        spent.clear()
+        whole_s = together_s(lambda: engine.step(rows))
+        if number:
+            means = {key: statistics.mean(values) for key, values in spent.items()}
+            found.append((seconds, whole_s, means))
+    return found
+
+
+def theory_s(text: str, means: dict[Any, float]) -> float:
+    """Return the simulated seconds of a schedule from the mean seconds of its actions."""
+    from meshwright.runtime.stages import schedule_of
+
+    schedule = schedule_of(from_text(text), GBS)
+    stages = range(len(schedule.rank_of_stage))
+    forward = np.array([[means["F", stage] for stage in stages]])
+    weights = np.array([[means.get(("W", stage), 0.0) for stage in stages]])
+    # ZB-V runs some backward passes whole: their input half is what the weight half leaves.
+    inputs = np.array(
+        [
+            [
+                means["I", stage]
+                if ("I", stage) in means
+                else means["B", stage] - weights[0, stage]
+                for stage in stages
+            ]
+        ]
+    )
+    result = simulate(schedule, forward, inputs + weights, np.zeros(1), weights)
+    return float(np.max(result.step_s))
 
 
 class Plain(torch.nn.Module):
@@ -146,135 +216,105 @@ class Plain(torch.nn.Module):
         return self.head(self.norm(x))
 
 
-FORWARD_S = 0.02
+def slowest(ranks: list[list[list[float]]]) -> list[list[float]]:
+    """Return per round the seconds of the slowest rank, for both of a pair."""
+    return np.max(np.array(ranks), axis=0).tolist()
 
 
-def sleep_through(rank: int, kind: int, pp: int, vpp: int, microbatches: int) -> float:
-    """Run a schedule whose stages sleep: forward t, backward 2t, messages of one element."""
-    schedule = build_schedule(Pipeline(kind), pp, vpp, microbatches)
-    owners = schedule.rank_of_stage
-    kept: list[tuple[torch.Tensor, object]] = []
-
-    def tag(kind: str, stage: int, microbatch: int) -> int:
-        return ((kind == "F") * len(owners) + stage) * microbatches + microbatch
-
-    dist.barrier()
-    start_s = time.perf_counter()
-    for action in schedule.ranks[rank]:
-        stage = schedule.stage(rank, action.chunk)
-        source = stage - 1 if action.kind == "F" else stage + 1
-        if 0 <= source < len(owners) and owners[source] != rank:
-            name = "F" if action.kind == "F" else "B"
-            work = dist.irecv(
-                torch.zeros(1), owners[source], tag=tag(name, stage, action.microbatch)
-            )
-            assert work is not None
-            work.wait()
-        time.sleep(FORWARD_S / vpp * (1 if action.kind == "F" else 2))
-        sent = message_of(schedule, rank, action)
-        if sent is not None and sent[1] != rank:
-            message, to = sent
-            x = torch.zeros(1)
-            name = tag(message.kind, message.stage, message.microbatch)
-            kept.append((x, dist.isend(x, to, tag=name)))
-    dist.barrier()
-    return time.perf_counter() - start_s
+def pair_line(name: str, rounds: list[list[float]], limit: float, *, speed_up: bool = False) -> str:
+    ratios = [a / b if speed_up else b / a for a, b in rounds]
+    a_s, b_s = (statistics.median(column) for column in zip(*rounds, strict=True))
+    ratio = statistics.median(ratios)
+    spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+    goal = f"{'>=' if speed_up else '<='} {limit:.2f}"
+    return f"| {name} | {a_s:.3f} | {b_s:.3f} | {ratio:.3f} | {spread} | {goal} |"
 
 
-def simulated_s(kind: int, pp: int, vpp: int, microbatches: int) -> float:
-    import numpy as np
+def pipeline_line(name: str, text: str, ranks: list[list[Any]]) -> str:
+    executed: list[float] = []
+    expected: list[float] = []
+    for one in zip(*ranks, strict=True):
+        executed.append(max(seconds for seconds, _, _ in one))
+        merged = {key: value for _, _, means in one for key, value in means.items()}
+        expected.append(theory_s(text, merged))
+    ratios = [a / b for a, b in zip(executed, expected, strict=True)]
+    return (
+        f"| {name} | {statistics.median(expected):.3f} | {statistics.median(executed):.3f} "
+        f"| {statistics.median(ratios):.3f} | {min(ratios):.2f}-{max(ratios):.2f} | <= 1.03 |"
+    )
 
-    schedule = build_schedule(Pipeline(kind), pp, vpp, microbatches)
-    forward = np.full((1, pp * vpp), FORWARD_S / vpp)
-    return float(np.max(simulate(schedule, forward, 2 * forward, np.zeros(1)).step_s))
+
+def measured(rounds: int, only: str) -> list[str]:
+    lines: list[str] = []
+
+    def add(name: str, line: Callable[[], str]) -> None:
+        if only.lower() in name.lower():
+            lines.append(line())
+            print(lines[-1], file=sys.stderr, flush=True)
+
+    for name, (text, limit) in COPIES.items():
+        case = (text, rounds)
+        add(
+            name,
+            lambda n=name, c=case, m=limit: pair_line(
+                n, slowest(run_ranks(2, against_copies, *c, timeout_s=600)), m
+            ),
+        )
+    add(
+        "one process",
+        lambda: pair_line(
+            "one process, against plain PyTorch",
+            slowest(run_ranks(1, against_plain, rounds, timeout_s=600)),
+            1.03,
+        ),
+    )
+    add(
+        "CP2",
+        lambda: pair_line(
+            f"CP2 ring, {LONG_SEQ_LEN:,} tokens, times as fast as one rank",
+            slowest(run_ranks(2, context_parallel, rounds, timeout_s=600)),
+            1.84,
+            speed_up=True,
+        ),
+    )
+    for name, text in PIPELINES.items():
+        add(
+            name,
+            lambda n=name, t=text: pipeline_line(
+                f"{n}, against its schedule", t, run_ranks(2, pipeline, t, rounds, timeout_s=600)
+            ),
+        )
+    return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="only the cases whose name has this in it")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    best: dict[str, Times] = {}
-
-    def keep(name: str, ranks: list[Times]) -> None:
-        wall_s, cpu_s = max(r[0] for r in ranks), sum(r[1] for r in ranks)
-        before = best.get(name, (float("inf"), float("inf")))
-        best[name] = min(before[0], wall_s), min(before[1], cpu_s)
-        print(f"{name}: {wall_s:.3f} s, {cpu_s:.3f} s CPU", file=sys.stderr, flush=True)
-
-    for _ in range(given.rounds):
-        for name, (text, gbs, seq_len) in CASES.items():
-            keep(name, run_ranks(2, time_layout, text, gbs, seq_len, timeout_s=600))
-        keep("plain", run_ranks(1, time_plain, 2, SEQ_LEN, timeout_s=600))
-        keep("one", run_ranks(1, time_layout, "copies", GBS, SEQ_LEN, timeout_s=600))
-        keep("cp1", run_ranks(1, time_layout, "tp=1", 1, 4096, timeout_s=600))
-        keep("cp2", run_ranks(2, time_layout, "cp=2", 1, 4096, timeout_s=600))
-    pipelines = [
-        (Pipeline.one_f_one_b, 8, 1, 8),
-        (Pipeline.one_f_one_b, 8, 1, 32),
-        (Pipeline.interleaved, 8, 2, 8),
-        (Pipeline.interleaved, 8, 4, 16),
-    ]
-    sleeping = [
-        (
-            case,
-            min(
-                max(run_ranks(case[1], sleep_through, *map(int, case), timeout_s=120))
-                for _ in range(2)
-            ),
-        )
-        for case in pipelines
-    ]
-    text = summary(best, sleeping)
+    before = os.getloadavg()[0]
+    lines = measured(given.rounds, given.only)
+    text = "\n".join(
+        [
+            "# Runtime overhead on CPU",
+            "",
+            f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, load average "
+            f"{before:.1f} at the start, gloo over loopback, one thread per process, "
+            f"{SHAPE.num_layers} layers, width {SHAPE.hidden_size}, {GBS} x {SEQ_LEN} tokens.",
+            "",
+            f"Medians of {given.rounds} pairs of steps, taken in turn in the same processes.",
+            "",
+            "| case | it is held against, s | s/step | ratio | lowest-highest | goal |",
+            "|---|---|---|---|---|---|",
+            *lines,
+            "",
+        ]
+    )
     if given.out:
         given.out.write_text(text, encoding="utf-8")
     sys.stdout.write(text)
     return 0
-
-
-def summary(
-    best: dict[str, Times], sleeping: list[tuple[tuple[Pipeline, int, int, int], float]]
-) -> str:
-    copies = best["two independent copies"]
-    load = os.getloadavg()[0]
-    lines = [
-        "# Runtime overhead on CPU",
-        "",
-        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"load average {load:.1f}, gloo over loopback, one thread per process.",
-        "",
-        "Smallest of several rounds. CPU seconds are those of all ranks together: they count what",
-        "is computed and copied, not what is waited for, and bear a busy machine better.",
-        "",
-        f"| {SHAPE.num_layers} layers, width {SHAPE.hidden_size}, {GBS} x {SEQ_LEN} tokens "
-        "| s/step | against two copies | CPU s/step | against two copies |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {n} | {best[n][0]:.3f} | {best[n][0] / copies[0]:.2f} "
-        f"| {best[n][1]:.3f} | {best[n][1] / copies[1]:.2f} |"
-        for n in CASES
-    ]
-    one, plain, cp1, cp2 = (best[name] for name in ("one", "plain", "cp1", "cp2"))
-    lines += [
-        "",
-        f"One process against plain PyTorch: {one[0] / plain[0]:.3f} of its seconds, "
-        f"{one[1] / plain[1]:.3f} of its CPU seconds ({one[1]:.3f}, {plain[1]:.3f}).",
-        f"CP2 (ring) on one sequence of 4,096 tokens: {cp1[0] / cp2[0]:.2f}x one rank, "
-        f"{cp2[1] / cp1[1]:.2f} of its CPU seconds.",
-        "",
-        "Sleeping stages, 8 pipeline ranks on these cores, against the planner's simulation:",
-        "",
-        "| schedule | vpp | microbatches | simulated s | executed s | ratio |",
-        "|---|---|---|---|---|---|",
-    ]
-    for (kind, pp, vpp, microbatches), executed_s in sleeping:
-        theory_s = simulated_s(kind, pp, vpp, microbatches)
-        lines.append(
-            f"| {kind.name} | {vpp} | {microbatches} | {theory_s:.3f} | {executed_s:.3f} "
-            f"| {executed_s / theory_s:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
