@@ -31,9 +31,10 @@ from meshwright.describe.job import Job
 from meshwright.describe.model import Model
 from meshwright.parallel.layout import Layout, table
 
-BAND_FRACTION = 0.06
-"""Half-width of "borderline" around the capacity. Of the measured runs that allocate more than
-20 GB 6 in 100 lie more than this above their prediction (docs/accuracy.md)."""
+BAND_FRACTION = 0.10
+"""Half-width of "borderline" around the capacity. Compared with it is the peak with the allocator's
+spare blocks and what software holds. Of 11 runs with measured reserved memory and settings stated
+in full the worst holds 10.9% more than that peak, so a tenth must stay free (docs/accuracy.md)."""
 
 TIME_TERMS = (
     "compute_s",
