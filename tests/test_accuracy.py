@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from meshwright.__main__ import main
 from meshwright.cli import app
 from meshwright.errors import DocumentError
 from meshwright.fit.documents import load_models, load_runs, shipped
@@ -283,15 +284,19 @@ def test_the_command_prints_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n"])
-def test_a_file_that_is_none_of_runs_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_none_of_runs_is_refused(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "runs.csv"
     path.write_text(text)
     with pytest.raises(DocumentError):
         load_runs(path)
     models = str(shipped("models.json.gz"))
-    done = CliRunner().invoke(app, ["accuracy", str(path), "--models", models])
-    assert done.exit_code == 2
-    assert "Traceback" not in done.output
+    monkeypatch.setattr("sys.argv", ["meshwright", "accuracy", str(path), "--models", models])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: runs = ")
 
 
 def test_models_that_are_no_object_of_objects_are_refused(tmp_path: Path) -> None:

@@ -168,6 +168,7 @@ FIRES: dict[str, Case] = {
     "zero_3_with_tp": case(zero=3),
     "sharded_stages_gather_every_microbatch": case(zero=3),
     "sharded_gradients_reduce_every_microbatch": case(zero=2),
+    "sharded_gradients_are_whole_at_first": case(zero=2),
     "ep_is_for_eight_gpus": moe(pp=1, dp=4, ep=4),
     "pp_is_for_deep_models": case("llama3-8b"),
     "fine_tuning_pads_to_full_length": case(task="sft"),
