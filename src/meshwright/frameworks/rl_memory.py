@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from meshwright.describe.model import Model
 
 _STATES: Final = ("weights_bytes", "grads_bytes", "optimizer_bytes")
-_CLEAR: Final = 0.94
-"""Share of the capacity up to which the memory model is sure that a run fits."""
 _EXPORT_COPIES: Final = 2
 
 
@@ -38,6 +36,13 @@ def judge_memory(
         *_logits(launch, model, job, x, price),
         *_export(launch, model, price),
     ]
+
+
+def _sure_bytes(price: Estimate) -> float:
+    """Return up to where the memory model is sure that a run fits."""
+    from meshwright.cost.detail import BAND_FRACTION  # slow to load: only a priced launch asks
+
+    return (1 - BAND_FRACTION) * price.capacity_bytes
 
 
 def _states(price: Estimate) -> float:
@@ -83,7 +88,7 @@ def _roles(launch: Launch, model: Model, price: Estimate) -> Iterable[Finding]:
     if isinstance(tp, int) and tp > 0:
         parts["the engine's weights"] = 2.0 * model.num_params / tp
     total = sum(parts.values())
-    if roles and total > _CLEAR * price.capacity_bytes:
+    if roles and total > _sure_bytes(price):
         listed = ", ".join(f"{format_bytes(size)} for {what}" for what, size in parts.items())
         rule = (
             f"These share each GPU: {listed}; together {format_bytes(total)} of"
@@ -103,7 +108,7 @@ def _logits(
     if launch.words.get("policy_keeps_logits") is not True:
         return
     more = x.mbs * job.seq_len / x.cp * model.vocab_size / x.tp * 4
-    needed, sure = price.peak_bytes + more, _CLEAR * price.capacity_bytes
+    needed, sure = price.peak_bytes + more, _sure_bytes(price)
     if price.peak_bytes <= price.capacity_bytes and needed > sure:
         rule = (
             "Log-probabilities and entropy keep a further copy of the logits: mbs*seq_len/cp *"
@@ -126,7 +131,7 @@ def _export(launch: Launch, model: Model, price: Estimate) -> Iterable[Finding]:
     states = 0.0 if launch.words.get("states_offloaded") else _states(price)
     engine = (_fraction(launch) or 0.0) * price.capacity_bytes
     needed = states + engine + _EXPORT_COPIES * tensor
-    over = needed > _CLEAR * price.capacity_bytes
+    over = needed > _sure_bytes(price)
     rule = (
         "To send weights to the engine, the experts of one layer are gathered:"
         f" {format_bytes(tensor)}, twice while they are put together, beside"
