@@ -10,7 +10,7 @@ from meshwright.checks import Case, Mask, check, either, nearest
 from meshwright.cost.columns import distinct_index
 from meshwright.errors import LayoutError, divisors
 from meshwright.parallel.layout import Ints, Layout, Layouts, Pipeline, row
-from meshwright.parallel.placement import balanced_layout, place
+from meshwright.parallel.placement import balanced_layout, place_by
 
 
 def _interleaves(x: Layouts) -> Mask:
@@ -66,18 +66,7 @@ def vpp_divides_layers_of_a_rank(case: Case) -> Mask:
 
 def _refusal(case: Case, at: Layout[int]) -> LayoutError | None:
     try:
-        place(
-            case.model.num_layers,
-            at.pp,
-            at.vpp,
-            first=at.first,
-            last=at.last,
-            account_for_embedding=bool(at.account_for_embedding),
-            account_for_loss=bool(at.account_for_loss),
-            pipeline_layout=at.pipeline_layout,
-            mtp=len(case.model.mtp_layers),
-            schedule=Pipeline(at.schedule),
-        )
+        place_by(at, case.model.num_layers, len(case.model.mtp_layers))
     except LayoutError as error:
         return error
     return None

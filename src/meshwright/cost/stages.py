@@ -16,7 +16,7 @@ from meshwright.describe.model import Model
 from meshwright.parallel.actions import schedule_module
 from meshwright.parallel.layout import Pipeline
 from meshwright.parallel.pipeline import bound_coefficients, held_microbatches
-from meshwright.parallel.placement import Placement, place
+from meshwright.parallel.placement import Placement, place_by
 
 
 @dataclass(frozen=True)
@@ -169,18 +169,7 @@ class _Layers:
 
 @lru_cache(maxsize=2048)
 def _layers(facts: LayerFacts, key: PipelineKey) -> _Layers:
-    placement = place(
-        len(facts.pattern),
-        key.pp,
-        key.vpp,
-        first=key.first,
-        last=key.last,
-        account_for_embedding=bool(key.account_for_embedding),
-        account_for_loss=bool(key.account_for_loss),
-        pipeline_layout=key.pipeline_layout,
-        mtp=facts.num_mtp,
-        schedule=Pipeline(key.schedule),
-    )
+    placement = place_by(key, len(facts.pattern), facts.num_mtp)
     rank = np.asarray(placement.rank_of_stage)
     runs = _runs(facts, placement)
     reruns = _reruns(facts, runs, key)

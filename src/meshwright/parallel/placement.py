@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from meshwright.errors import LayoutError, nearest_divisors
 from meshwright.parallel.layout import Pipeline, whole_number, written
@@ -33,6 +33,66 @@ class Placement:
     loss_stage: int
     rank_of_stage: tuple[int, ...]
     chunk_of_stage: tuple[int, ...]
+
+
+class PipelineChoices(Protocol):
+    """What of a layout decides where layers sit."""
+
+    @property
+    def schedule(self) -> int:
+        """A ``Pipeline``."""
+        ...
+
+    @property
+    def pp(self) -> int:
+        """Pipeline ranks."""
+        ...
+
+    @property
+    def vpp(self) -> int:
+        """Chunks of a rank."""
+        ...
+
+    @property
+    def first(self) -> int:
+        """Layers of the first rank; 0: as the others."""
+        ...
+
+    @property
+    def last(self) -> int:
+        """Layers of the last rank; 0: as the others."""
+        ...
+
+    @property
+    def account_for_embedding(self) -> int:
+        """Whether the embedding counts as a layer."""
+        ...
+
+    @property
+    def account_for_loss(self) -> int:
+        """Whether the loss counts as a layer."""
+        ...
+
+    @property
+    def pipeline_layout(self) -> str | None:
+        """Every stage, spelled."""
+        ...
+
+
+def place_by(x: PipelineChoices, num_layers: int, mtp: int) -> Placement:
+    """Return what each virtual stage of a layout holds. Raises ``LayoutError`` as ``place``."""
+    return place(
+        num_layers,
+        x.pp,
+        x.vpp,
+        first=x.first,
+        last=x.last,
+        account_for_embedding=bool(x.account_for_embedding),
+        account_for_loss=bool(x.account_for_loss),
+        pipeline_layout=x.pipeline_layout,
+        mtp=mtp,
+        schedule=Pipeline(x.schedule),
+    )
 
 
 def stage_ranks(pp: int, vpp: int, v_shape: bool = False) -> tuple[int, ...]:

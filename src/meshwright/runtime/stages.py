@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from meshwright.parallel.layout import Layout, Pipeline
 from meshwright.parallel.pipeline import Schedule, build_schedule
-from meshwright.parallel.placement import Placement, place
+from meshwright.parallel.placement import Placement, place_by
 from meshwright.runtime.shape import ModelShape
 
 
 def placement_of(shape: ModelShape, x: Layout[int]) -> Placement:
     """Return what every pipeline stage holds."""
-    return place(
-        shape.num_layers,
-        x.pp,
-        x.vpp,
-        first=x.first,
-        last=x.last,
-        account_for_embedding=bool(x.account_for_embedding),
-        account_for_loss=bool(x.account_for_loss),
-        pipeline_layout=x.pipeline_layout,
-        mtp=shape.mtp_layers,
-        schedule=Pipeline(x.schedule),
-    )
+    return place_by(x, shape.num_layers, shape.mtp_layers)
 
 
 def schedule_of(x: Layout[int], gbs: int) -> Schedule:
