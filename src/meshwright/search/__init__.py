@@ -1,0 +1,21 @@
+"""Find the best layouts: enumerate, keep the legal, price all, simulate best first.
+
+Exact: a row is simulated unless its lower bound is already worse than the k-th best simulated one.
+``space`` says what may be chosen, ``pipelines`` and ``candidates`` enumerate it, ``best_first``
+ranks it.
+"""
+
+from meshwright.search.best_first import Accepts, Found, Progress, Ranked, search
+from meshwright.search.candidates import candidate_tables
+from meshwright.search.space import Space, read_space
+
+__all__ = [
+    "Accepts",
+    "Found",
+    "Progress",
+    "Ranked",
+    "Space",
+    "candidate_tables",
+    "read_space",
+    "search",
+]
