@@ -257,15 +257,17 @@ def vocab_parallel_embedding(tokens: Tensor, table_Vh: Tensor, first_row: int) -
 
 
 class _VocabParallelCrossEntropy(Function):
+    """Works in the memory of float32 logits: fresh memory costs more than the arithmetic."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, first_row: int, group: Group) -> Tensor:
-        wide = logits.double() if logits.dtype == torch.float64 else logits.float()
+        wide = logits if logits.dtype == torch.float64 else logits.float()
         top = all_reduce(wide.amax(dim=-1), group, dist.ReduceOp.MAX)
-        exp = (wide - top.unsqueeze(-1)).exp()
         local = labels - first_row
         here = (local >= 0) & (local < logits.shape[-1])
         index = torch.where(here, local, 0).unsqueeze(-1)
         own = wide.gather(-1, index).squeeze(-1)
+        exp = wide.sub_(top.unsqueeze(-1)).exp_()
         sums = torch.stack([exp.sum(dim=-1), torch.where(here, own, 0.0)])
         total, label_logit = all_reduce(sums, group).unbind(0)
         ctx.save_for_backward(exp, total, index, here)
@@ -275,9 +277,9 @@ class _VocabParallelCrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         exp, total, index, here = ctx.saved_tensors
-        out = exp / total.unsqueeze(-1)
-        out.scatter_add_(-1, index, -here.unsqueeze(-1).to(out.dtype))
-        return (out * grad.unsqueeze(-1)).to(ctx.dtype), None, None, None
+        out = exp.mul_((grad / total).unsqueeze(-1))
+        out.scatter_add_(-1, index, -(grad * here).unsqueeze(-1))
+        return out.to(ctx.dtype), None, None, None
 
 
 def vocab_parallel_cross_entropy(
@@ -285,7 +287,7 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """Return the cross-entropy per token, ``[s, b]``, in float32 (float64 for float64 logits).
 
-    Each rank holds the logits of ``num_rows`` words from ``first_row``; columns past ``num_rows``
+    Over several ranks the logits are overwritten. Each rank holds the logits of ``num_rows`` words from ``first_row``; columns past ``num_rows``
     are padding. Two small all-reduces: the maximum; the sum of exponentials with the label's logit.
     Ref: Megatron-LM, arXiv:1909.08053, section 3.
     """
