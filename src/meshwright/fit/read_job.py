@@ -8,8 +8,6 @@ from dataclasses import replace
 from typing import Literal
 
 from meshwright.describe.job import (
-    PRECISION_ALIASES,
-    PRECISIONS,
     TASKS,
     CrossEntropy,
     Execution,
@@ -19,7 +17,7 @@ from meshwright.describe.job import (
 )
 from meshwright.errors import JobError
 from meshwright.fit.framework import Framework
-from meshwright.fit.settings import Settings
+from meshwright.fit.settings import NOT_STATED, Settings
 
 PACKED_SAMPLE_TOKENS = 512
 """Mean length taken for the packed samples of a fine-tuning set, which rows do not state."""
@@ -32,9 +30,18 @@ _BYTES = {
 
 
 def read_job(
-    s: Settings, framework: Framework, seq_len: int, gbs: int, *, is_latent: bool = False
+    s: Settings,
+    framework: Framework,
+    seq_len: int,
+    gbs: int,
+    *,
+    is_latent: bool = False,
+    by_op: bool = False,
 ) -> Job:
-    """Return the job of a row; unknown words are read as the nearest and listed."""
+    """Return the job of a row; unknown words are read as the nearest and listed.
+
+    ``by_op``: activations are kept by op, of matmul outputs every second one.
+    """
     task = s.cell("task") or "pretrain"
     if task == "module":
         task = "pretrain"
@@ -48,7 +55,7 @@ def read_job(
         task="lora" if task == "lora" else "sft" if task == "sft" else "pretrain",
         lora_rank=max(s.whole("dim", "lora_rank", default=16), 1),
         lora_targets=_lora_targets(s, framework),
-        execution=read_execution(s, framework),
+        execution=read_execution(s, framework, by_op=by_op),
     )
 
 
@@ -90,25 +97,51 @@ def read_precision(s: Settings, framework: Framework, *, is_latent: bool = False
     return replace(recipe, head_in_16_bit=head, **changes)  # pyright: ignore[reportArgumentType]
 
 
+RECIPES = (
+    (r"nvfp4|fp4", "nvfp4"),
+    (r"mxfp8|mx", "fp8-mx"),
+    (r"block|subchannel|sub_channel|128x128", "fp8-blockwise"),
+    (r"tensorwise|tensor_wise|rowwise|row_wise|current", "fp8-cs"),
+    (r"fp8|e4m3|float8|delayed|int8", "fp8"),
+    (r"bf16|bfloat16", "bf16"),
+    (r"fp16|float16|half", "fp16"),
+    (r"fp32|float32|tf32", "fp32"),
+)
+"""Words in which frameworks name a recipe; the first that is found counts."""
+
+RECIPE_SETTINGS = ("fp8_recipe", "mixed_precision._ctor", "mixed_precision")
+"""Settings that say which recipe, where the cell says only ``fp8`` or nothing."""
+
+
 def _recipe(s: Settings) -> Precision:
-    name = s.cell("precision").lower() or "bf16"
-    if name == "fp8":
-        detail = s.text("fp8_recipe")
-        for word, recipe in (
-            ("mx", "fp8-mx"),
-            ("block", "fp8-blockwise"),
-            ("tensorwise", "fp8-cs"),
-            ("current", "fp8-cs" if "not stated" not in detail else "fp8"),
-        ):
-            if word in detail:
-                name = recipe
-    try:
+    cell = s.cell("precision").lower()
+    if cell in NOT_STATED:
+        name = _recipe_of(s.text(*RECIPE_SETTINGS)) or _recipe_of_switches(s)
+        s.assumed.append(f"precision = {name}: not stated in its cell")
         return precision(name)
+    if cell == "fp8":
+        detail = _recipe_of(s.text(*RECIPE_SETTINGS).replace("(current scaling not stated)", ""))
+        cell = detail if detail.startswith("fp8") else cell
+    try:
+        return precision(cell)
     except JobError:
-        nearest = next((p for p in PRECISIONS if name.startswith(p)), "")
-        nearest = nearest or next((p for p in PRECISION_ALIASES if name.startswith(p)), "bf16")
-        s.assumed.append(f"precision {name!r} is read as {nearest}")
+        nearest = _recipe_of(cell) or "bf16"
+        s.assumed.append(f"precision {cell!r} is read as {nearest}")
         return precision(nearest)
+
+
+def _recipe_of(text: str) -> str:
+    plain = re.sub(r"[-\s]", "_", text)
+    return next((name for words, name in RECIPES if re.search(words, plain)), "")
+
+
+def _recipe_of_switches(s: Settings) -> str:
+    """Return the recipe that Megatron-LM's switches choose; 16 bit without any."""
+    if s.find("fp4_format") is not None:
+        return "nvfp4"
+    if s.find("fp8_format", "fp8") is not None or s.flag("float8", default=False):
+        return "fp8"
+    return "fp16" if s.flag("fp16", default=False) else "bf16"
 
 
 def _reduces_in_16_bit(s: Settings, framework: Framework) -> bool:
@@ -136,9 +169,9 @@ def _composer(s: Settings) -> dict[str, float]:
     }
 
 
-def read_execution(s: Settings, framework: Framework) -> Execution:
+def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) -> Execution:
     """Return the switches of a row."""
-    attention = s.text("attention", "attention_backend", "args.attention_backend")
+    attention = s.text("attention", "attention_backend")
     flash = framework.flash_attention
     if attention:
         flash = "unfused" not in attention and "not flash" not in attention
@@ -197,8 +230,7 @@ def read_execution(s: Settings, framework: Framework) -> Execution:
         or s.flag("moe_token_drop", default=False),
         capacity_factor=_capacity(s),
         shared_expert_overlap=s.flag("moe_shared_expert_overlap", default=False),
-        recompute_every_second_matmul="op" in s.cell("recompute").split("selective:")[-1].split()
-        and "selective:" in s.cell("recompute"),
+        recompute_every_second_matmul=by_op,
         blocking_checkpoints=framework.blocking_checkpoints,
         packed_sample_tokens=PACKED_SAMPLE_TOKENS if packed else 0,
         optimizer_offload_fraction=min(max(_fraction(s, "optimizer_offload_fraction"), 0.0), 1.0),

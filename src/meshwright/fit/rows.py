@@ -15,8 +15,10 @@ from meshwright.describe.model import Model
 from meshwright.describe.published import published_decoder
 from meshwright.errors import ModelError, did_you_mean
 from meshwright.fit.framework import framework_of
+from meshwright.fit.read_degrees import read_degrees
 from meshwright.fit.read_job import read_job
-from meshwright.fit.read_layout import read_degrees, read_layout
+from meshwright.fit.read_layout import read_layout
+from meshwright.fit.read_recompute import read_recompute
 from meshwright.fit.settings import Settings, read_settings
 from meshwright.parallel.layout import Layout
 
@@ -52,9 +54,13 @@ def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
         seq_len = DEFAULT_SEQ_LEN
         s.assumed.append(f"seq_len = {seq_len}: not stated")
     degrees = read_degrees(s, framework, model, seq_len)
-    job = read_job(s, framework, seq_len, degrees.gbs, is_latent=model.is_mla)
-    made = read_layout(s, framework, model, degrees)
     cluster = read_cluster(s, degrees.num_gpus)
+    per_stage = model.num_layers // (degrees.pp * degrees.vpp)
+    recompute = read_recompute(s, framework, per_stage)
+    job = read_job(
+        s, framework, seq_len, degrees.gbs, is_latent=model.is_mla, by_op=recompute.by_op
+    )
+    made = read_layout(s, framework, model, degrees, recompute, cluster.gpus_per_node)
     statistic, rank = read_question(s)
     return Run(
         model=model,
