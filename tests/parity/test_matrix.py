@@ -48,6 +48,9 @@ ALONE = [
     ("deepseek_v3", "tp=2"),
     ("deepseek_v3", "pp=2 vpp=2 schedule=zb_v"),
     ("deepseek_v3", "cp=2"),
+    ("capacity", "tp=2 sp=false ep=2"),
+    ("padded", "ep=2 etp=2"),
+    ("balanced", "pp=2 vpp=2 schedule=zb_v"),
     ("lora", "tp=4"),
     ("lora", "pp=2 vpp=2 schedule=zb_v"),
     ("deepseek_v2_lora", "tp=2 ep=2"),
@@ -83,6 +86,9 @@ PAIRS = [
     ("default", "tp=2 pp=2 dp=2 order=tp-cp-ep-pp-dp"),
     ("default", "tp=2 cp=2 pp=2 order=pp-cp-tp-dp"),
     ("deepseek_v3", "tp=2 cp=2 ep=4 zero=optim"),
+    ("capacity", "cp=4 cp_comm=a2a+p2p ep=4 mbs=2"),
+    ("padded", "tp=2 cp=2 ep=4 zero=optim_grads"),
+    ("balanced", "tp=2 dp=2 ep=4 zero=optim_grads_params recompute=full"),
     ("deepseek_v3", "tp=2 pp=2 vpp=2 ep=2 etp=1 schedule=zb_v zero=optim_grads_params"),
 ]
 

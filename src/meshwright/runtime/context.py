@@ -27,8 +27,9 @@ class Context:
 
     Of ``execution`` the runtime reads the switches of overlap; ``bucket_bytes`` is the least size
     of weights whose gradients are reduced together. ``later`` is there when the schedule splits the
-    backward pass. ``aux_losses`` collects, during a forward pass, what routers add to the
-    objective.
+    backward pass. During a forward pass ``aux_losses`` collects what routers add to the objective
+    and ``expert_counts`` how many tokens chose each expert, per router. ``token_groups`` is the
+    capacity group of each position that this rank routes.
     """
 
     shape: ModelShape
@@ -38,7 +39,9 @@ class Context:
     execution: Execution = field(default_factory=Execution)
     bucket_bytes: int = BUCKET_BYTES
     later: WeightGradients | None = None
+    token_groups: Tensor | None = None
     aux_losses: list[Tensor] = field(default_factory=list[Tensor])
+    expert_counts: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def sp(self) -> bool:

@@ -109,7 +109,7 @@ class DataParallel:
                     self.shared.add(self.of_parameter[id(member)])
                     continue
                 box = member.box
-                kind = (box.expert, box.partial, box.tied, member.requires_grad)
+                kind = (box.expert, box.partial, box.tied, member.dtype, member.requires_grad)
                 kinds.setdefault(kind, []).append(member)
             for kind in [k for k in kinds if sharded or (buckets and self._is_full(kinds[k]))]:
                 close(kind)

@@ -13,6 +13,7 @@ from torch import Tensor
 from meshwright.describe.job import Execution
 from meshwright.parallel.layout import Layout
 from meshwright.parallel.placement import Placement
+from meshwright.runtime.capacity import token_groups
 from meshwright.runtime.collectives import all_gather, all_reduce
 from meshwright.runtime.context import BUCKET_BYTES, Context, Microbatch
 from meshwright.runtime.context_parallel import positions
@@ -20,10 +21,12 @@ from meshwright.runtime.data_parallel import DataParallel
 from meshwright.runtime.decoder import Chunk, ChunkPlan, Vocabulary
 from meshwright.runtime.groups import build_groups
 from meshwright.runtime.layers import rope_tables
+from meshwright.runtime.legality import check_execution
 from meshwright.runtime.optimizer import Optimizer, OptimizerSettings
 from meshwright.runtime.parameters import parameters_of
 from meshwright.runtime.pipeline_parallel import Pipeline as PipelineRunner
 from meshwright.runtime.pipeline_parallel import forward_only
+from meshwright.runtime.routing import summed_counts, update_correction_biases
 from meshwright.runtime.shape import ModelShape
 from meshwright.runtime.stages import placement_of, schedule_of, table_ranks
 from meshwright.runtime.tensor_parallel import WeightGradients
@@ -46,7 +49,8 @@ class Settings:
 
     ``direct`` False makes gloo run its own collectives, the calls that NCCL gets on GPUs.
     ``execution`` says, in the planner's words, which communication runs beside compute; weights
-    whose gradients are reduced together hold at least ``bucket_bytes``.
+    whose gradients are reduced together hold at least ``bucket_bytes``. ``capacity_layout`` is the
+    layout whose ranks' tokens compete for an expert's capacity, by default the run's own.
     """
 
     seq_len: int
@@ -57,6 +61,7 @@ class Settings:
     direct: bool = True
     execution: Execution = field(default_factory=Execution)
     bucket_bytes: int = BUCKET_BYTES
+    capacity_layout: Layout[int] | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -67,6 +72,7 @@ class Engine:
     def __init__(
         self, shape: ModelShape, x: Layout[int], settings: Settings, *, rank: int = 0
     ) -> None:
+        check_execution(shape, settings.execution)
         self.shape, self.layout, self.settings = shape, x, settings
         placed, self.schedule = placement_of(shape, x), schedule_of(x, settings.gbs)
         groups = build_groups(
@@ -85,6 +91,15 @@ class Engine:
             execution=settings.execution,
             bucket_bytes=settings.bucket_bytes,
             later=WeightGradients() if splits else None,
+            token_groups=token_groups(
+                x,
+                settings.capacity_layout or x,
+                settings.seq_len,
+                cp=groups.cp.index,
+                tp=groups.tp.index,
+            )
+            if shape.moe and shape.moe.capacity_factor
+            else None,
         )
         self.chunks = self._build_chunks(placed)
         self.dp = DataParallel(self.context, self.chunks)
@@ -140,7 +155,7 @@ class Engine:
         """
         losses, result = self.forward_backward(rows, mask)
         lr = self.settings.optimizer.lr if lr is None else lr
-        norm, updated = self.optimizer.step(lr)
+        norm, updated = self.update(lr)
         return StepResult(
             loss=losses[0],
             mtp_losses=tuple(losses[1:]),
@@ -148,6 +163,25 @@ class Engine:
             grad_norm=norm,
             updated=updated,
         )
+
+    def update(self, lr: float) -> tuple[float, bool]:
+        """Update the weights and the routers' biases by what ``forward_backward`` found.
+
+        Returns the gradient norm and whether it was finite; if not, nothing changes.
+        """
+        norm, updated = self.optimizer.step(lr)
+        moe = self.shape.moe
+        if updated and moe is not None and moe.bias_update_rate:
+            rate = moe.bias_update_rate
+            update_correction_biases(self.dp.buffers, self.expert_tokens(), rate)
+        return norm, updated
+
+    def expert_tokens(self) -> dict[str, Tensor]:
+        """Return how many tokens of the last global batch chose each expert, ``[E]`` per router.
+
+        Of the routers of this pipeline rank, by name; every rank has to ask.
+        """
+        return summed_counts(self.pipeline.expert_counts, self.context.groups)
 
     def forward_backward(
         self, rows: Tensor, mask: Tensor | None = None

@@ -2,7 +2,8 @@
 
 Expert and dense parallelism are folded (arXiv:2504.14960): the ranks of EP x ETP are any of
 TP x CP x DP. A token travels in one all-to-all to every ETP rank of its expert's EP rank and the
-ETP partial sums travel back: what is received equals EP all-to-all plus ETP all-gather. Dropless.
+ETP partial sums travel back: what is received equals EP all-to-all plus ETP all-gather. Choices
+that an expert's capacity dropped do not travel; padded to it, every rank sends as many rows.
 
 Shapes: t tokens here, k experts per token, E experts, e experts here, r rows received, f expert
 features here, h hidden features.
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from meshwright.parallel.layout import Recompute
-from meshwright.runtime.collectives import all_reduce
+from meshwright.runtime.capacity import capacity
 from meshwright.runtime.context import Context
 from meshwright.runtime.groups import Group
-from meshwright.runtime.layers import Linear, Mlp, residual_std
+from meshwright.runtime.layers import Linear, Mlp, gated, residual_std
 from meshwright.runtime.parameters import Box, ShardedParameter, parameter
+from meshwright.runtime.routing import Router
 from meshwright.runtime.shape import MoeShape
 from meshwright.runtime.tensor_parallel import (
     WeightGradients,
@@ -35,19 +37,6 @@ from meshwright.runtime.tensor_parallel import (
     join_tokens,
     split_tokens,
 )
-
-
-class _AddAuxLoss(Function):
-    """Passes ``x`` through and gives ``loss`` a gradient of 1: it joins the objective."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.like = loss
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, torch.ones_like(ctx.like)
 
 
 class _AllToAllRows(Function):
@@ -69,103 +58,15 @@ def _exchange_rows(x: Tensor, sent: list[int], received: list[int], group: Group
     return out
 
 
-class Router(nn.Module):
-    """Chooses ``topk`` experts per token and their weights.
-
-    Softmax scores (Mixtral, Qwen, DeepSeek-V2) or sigmoid scores with a correction bias and groups
-    (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). Losses added to the objective, per microbatch
-    of T tokens: load balance ``aux_loss_coef * E * sum_i (c_i / (T k)) * (P_i / T)`` with counts c
-    and summed probabilities P (arXiv:2101.03961), and ``z_loss_coef * mean(logsumexp^2)``.
-    """
-
-    def __init__(self, context: Context, name: str, moe: MoeShape) -> None:
-        super().__init__()
-        self.context, self.moe = context, moe
-        summed = "tp" if context.layout.tp > 1 else ""
-        first = context.groups.tp.index == 0
-        h, experts = context.shape.hidden_size, moe.num_experts
-        box = Box(
-            name=f"{name}.weight",
-            shape=(experts, h),
-            offsets=(0, 0),
-            std=context.shape.initializer_range,
-            partial=summed,
-            counted=first,
-        )
-        self.weight = parameter(box, (experts, h), context.dtype)
-        self.bias: ShardedParameter | None = None
-        if moe.correction_bias:
-            bias_box = Box(
-                name=f"{name}.e_score_correction_bias",
-                shape=(experts,),
-                offsets=(0,),
-                init="zeros",
-                counted=first,
-            )
-            self.bias = parameter(bias_box, (experts,), context.dtype)
-            self.bias.requires_grad_(False)
-
-    def forward(self, x: Tensor, aux_scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``x`` (carrying the auxiliary losses), expert numbers and weights ``[t, k]``."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if self.moe.scoring == "sigmoid":
-            logits = F.linear(x.to(wide), self.weight.to(wide))
-            scores = logits.sigmoid()
-        else:
-            logits = F.linear(x, self.weight).to(wide)
-            scores = logits.softmax(dim=-1)
-        chosen = self._choose(scores)
-        weights = scores.gather(-1, chosen)
-        if self.moe.normalise:
-            tiny = 1e-20 if self.moe.scoring == "sigmoid" else 0.0
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + tiny)
-        weights = weights * self.moe.routed_scaling_factor
-        x = self._with_losses(x, logits, scores, chosen, aux_scale)
-        return x, chosen, weights.to(x.dtype)
-
-    @torch.no_grad()
-    def _choose(self, scores: Tensor) -> Tensor:
-        moe = self.moe
-        shifted = scores if self.bias is None else scores + self.bias.to(scores.dtype)
-        if moe.num_groups > 1:
-            grouped = shifted.unflatten(-1, (moe.num_groups, -1))
-            if moe.group_score == "top2":
-                best = grouped.topk(2, dim=-1).values.sum(dim=-1)
-            else:
-                best = grouped.amax(dim=-1)
-            allowed = torch.zeros_like(best, dtype=torch.bool)
-            allowed.scatter_(-1, best.topk(moe.topk_groups, dim=-1).indices, value=True)
-            shifted = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
-        return shifted.topk(moe.topk, dim=-1).indices
-
-    def _with_losses(
-        self, x: Tensor, logits: Tensor, scores: Tensor, chosen: Tensor, aux_scale: float
-    ) -> Tensor:
-        moe, group = self.moe, self.context.groups.tp_cp
-        if not (moe.aux_loss_coef or moe.z_loss_coef) or not torch.is_grad_enabled():
-            return x
-        tokens = chosen.shape[0] * group.size
-        loss = logits.new_zeros(())
-        if moe.aux_loss_coef:
-            counts = torch.bincount(chosen.flatten(), minlength=moe.num_experts).to(scores.dtype)
-            share = all_reduce(counts, group) / (tokens * moe.topk)
-            probability = scores
-            if moe.scoring == "sigmoid":
-                probability = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
-            loss = moe.aux_loss_coef * moe.num_experts * (share * probability.sum(0)).sum() / tokens
-        if moe.z_loss_coef:
-            loss = loss + moe.z_loss_coef * logits.logsumexp(-1).square().sum() / tokens
-        loss = loss * aux_scale
-        self.context.aux_losses.append(loss.detach())
-        return _AddAuxLoss.apply(x, loss)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Route:
-    """Which rows go where: to undo, the same lists serve backwards."""
+    """Which rows go where: to undo, the same lists serve backwards.
 
-    by_expert_tk: Tensor
-    send_index: Tensor
+    ``slot_of_row`` says which choice (number token * k + place) a sent row serves; the number
+    t * k is padding.
+    """
+
+    slot_of_row: Tensor
     sent: list[int]
     received: list[int]
     by_local_expert_r: Tensor
@@ -173,40 +74,60 @@ class _Route:
 
 
 class Experts(nn.Module):
-    """The experts of this rank: stacks ``[e, f, h]`` and ``[e, h, f]``, a grouped product each."""
+    """The experts of this rank: stacks ``[e, f, h]`` and ``[e, h, f]``, a grouped product each.
+
+    ETP divides f; of the biases of ``down_proj`` it divides h, so that each is added once.
+    """
 
     def __init__(self, context: Context, name: str, moe: MoeShape) -> None:
         super().__init__()
         self.context, self.moe = context, moe
-        groups, layout = context.groups, context.layout
+        groups, layout, shape = context.groups, context.layout, context.shape
         self.local = moe.num_experts // layout.ep
-        e, f, h = self.local, moe.ffn_hidden_size // layout.etp, context.shape.hidden_size
+        e, f, h = self.local, moe.ffn_hidden_size // layout.etp, shape.hidden_size
+        whole_f, part_h = moe.ffn_hidden_size, h // layout.etp
         first, column = groups.ep_index * e, groups.etp_index * f
-        full = moe.num_experts, moe.ffn_hidden_size
 
-        def stack(part: str, shape: tuple[int, int, int], offsets: tuple[int, int, int]) -> Any:
-            down = part == "down_proj"
-            whole = (full[0], h, full[1]) if down else (full[0], full[1], h)
-            std = context.shape.initializer_range
+        def stack(part: str, whole: list[int], local: list[int], *at: int) -> ShardedParameter:
+            bias = part.endswith("bias")
             box = Box(
                 name=f"{name}.{part}",
-                shape=whole,
-                offsets=offsets,
-                std=residual_std(context) if down else std,
+                shape=(moe.num_experts, *whole),
+                offsets=(first, *at),
+                std=residual_std(context) if part == "down_proj" else shape.initializer_range,
+                init="zeros" if bias else "normal",
                 expert=True,
+                decay=not bias,
             )
-            return parameter(box, shape, context.dtype)
+            return parameter(box, (e, *local), context.dtype)
 
-        self.gate_proj = stack("gate_proj", (e, f, h), (first, column, 0))
-        self.up_proj = stack("up_proj", (e, f, h), (first, column, 0))
-        self.down_proj = stack("down_proj", (e, h, f), (first, 0, column))
+        self.gate_proj = stack("gate_proj", [whole_f, h], [f, h], column, 0)
+        self.up_proj = stack("up_proj", [whole_f, h], [f, h], column, 0)
+        self.down_proj = stack("down_proj", [h, whole_f], [h, f], 0, column)
+        self.biases: nn.ParameterList | None = None
+        if moe.expert_bias:
+            self.first_h = groups.etp_index * part_h
+            self.biases = nn.ParameterList(
+                [
+                    stack("gate_proj_bias", [whole_f], [f], column),
+                    stack("up_proj_bias", [whole_f], [f], column),
+                    stack("down_proj_bias", [h], [part_h], self.first_h),
+                ]
+            )
 
-    def forward(self, x_th: Tensor, chosen_tk: Tensor, weights_tk: Tensor) -> Tensor:
-        """Return the weighted sum of the chosen experts' outputs, ``[t, h]``."""
+    def forward(
+        self, x_th: Tensor, chosen_tk: Tensor, weights_tk: Tensor, padded_to: int = 0
+    ) -> Tensor:
+        """Return the weighted sum of the chosen experts' outputs, ``[t, h]``.
+
+        Choices numbered E are left out. With ``padded_to`` every expert gets so many rows.
+        """
         group = self.context.groups.etp_ep
-        route = self._route(chosen_tk)
+        route = self._route(chosen_tk, padded_to)
         k = chosen_tk.shape[1]
-        rows = x_th.index_select(0, route.by_expert_tk[route.send_index] // k)
+        if padded_to:
+            x_th = F.pad(x_th, (0, 0, 0, 1))
+        rows = x_th.index_select(0, route.slot_of_row // k)
         if group.handle is not None:
             rows = _AllToAllRows.apply(rows, route.sent, route.received, group)
         rows = rows.index_select(0, route.by_local_expert_r)
@@ -214,52 +135,67 @@ class Experts(nn.Module):
         rows = torch.zeros_like(rows).index_copy(0, route.by_local_expert_r, rows)
         if group.handle is not None:
             rows = _AllToAllRows.apply(rows, route.received, route.sent, group)
-        slots = rows.new_zeros((chosen_tk.numel(), rows.shape[1]))
+        slots = rows.new_zeros((chosen_tk.numel() + 1, rows.shape[1]))
         # ETP ranks return partial sums of the same slot, which add up here.
-        slots = slots.index_add(0, route.by_expert_tk[route.send_index], rows)
+        slots = slots.index_add(0, route.slot_of_row, rows)[:-1]
         return (slots.unflatten(0, (-1, k)) * weights_tk.unsqueeze(-1)).sum(dim=1)
 
     @torch.no_grad()
-    def _route(self, chosen_tk: Tensor) -> _Route:
+    def _route(self, chosen_tk: Tensor, padded_to: int) -> _Route:
         groups, e = self.context.groups, self.local
-        flat = chosen_tk.flatten()
-        by_expert = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.moe.num_experts)
-        ep_of_member = torch.tensor([ep for ep, _ in groups.etp_ep_places], device=flat.device)
+        slots, counts = self._by_expert(chosen_tk, padded_to)
+        ep_of_member = torch.tensor([ep for ep, _ in groups.etp_ep_places], device=slots.device)
         send_counts = counts.view(-1, e)[ep_of_member]
         received_counts = send_counts
-        if groups.etp_ep.handle is not None:
+        if groups.etp_ep.handle is not None and not padded_to:
             received_counts = torch.empty_like(send_counts)
             dist.all_to_all_single(received_counts, send_counts, group=groups.etp_ep.handle)
         ends = counts.view(-1, e).sum(1).cumsum(0).tolist()
         starts = [0, *ends[:-1]]
-        send_index = torch.cat(
-            [
-                torch.arange(starts[ep], ends[ep], device=flat.device)
-                for ep, _ in groups.etp_ep_places
-            ]
-        )
-        expert = torch.arange(e, device=flat.device).repeat(groups.etp_ep.size)
+        expert = torch.arange(e, device=slots.device).repeat(groups.etp_ep.size)
         expert = expert.repeat_interleave(received_counts.flatten())
         return _Route(
-            by_expert_tk=by_expert,
-            send_index=send_index,
+            slot_of_row=torch.cat([slots[starts[ep] : ends[ep]] for ep, _ in groups.etp_ep_places]),
             sent=send_counts.sum(1).tolist(),
             received=received_counts.sum(1).tolist(),
             by_local_expert_r=expert.argsort(stable=True),
             tokens_per_expert=received_counts.sum(0).tolist(),
         )
 
+    def _by_expert(self, chosen_tk: Tensor, padded_to: int) -> tuple[Tensor, Tensor]:
+        """Return the choices in the order of their experts, and how many each expert has."""
+        flat, experts = chosen_tk.flatten(), self.moe.num_experts
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=experts + 1)[:experts]
+        # Choices that were dropped come last.
+        if not padded_to:
+            return order[: int(counts.sum())], counts
+        rows = torch.arange(padded_to, device=flat.device)
+        index = (counts.cumsum(0) - counts).unsqueeze(1) + rows
+        slots = order[index.clamp_(max=len(order) - 1)]
+        slots[rows >= counts.unsqueeze(1)] = len(flat)
+        return slots.flatten(), torch.full_like(counts, padded_to)
+
     def _compute(self, rows: Tensor, tokens: list[int]) -> Tensor:
         later = self.context.later
         gate = grouped_linear(rows, self.gate_proj, tokens, later)
         up = grouped_linear(rows, self.up_proj, tokens, later)
-        hidden = self.context.recomputed(Recompute.moe_act, _silu_product, gate, up)
-        return grouped_linear(hidden, self.down_proj, tokens, later)
+        if self.biases is not None:
+            gate = gate + _of_rows(self.biases[0], tokens)
+            up = up + _of_rows(self.biases[1], tokens)
+        activation = self.context.shape.activation
+        hidden = self.context.recomputed(Recompute.moe_act, gated, activation, gate, up)
+        out = grouped_linear(hidden, self.down_proj, tokens, later)
+        if self.biases is not None:
+            own = _of_rows(self.biases[2], tokens)
+            after = out.shape[1] - self.first_h - own.shape[1]
+            out = out + F.pad(own, (self.first_h, after))
+        return out
 
 
-def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+def _of_rows(bias_ef: Tensor, tokens: list[int]) -> Tensor:
+    """Return the bias of each row's expert."""
+    return bias_ef.repeat_interleave(torch.tensor(tokens, device=bias_ef.device), dim=0)
 
 
 def grouped_linear(
@@ -343,8 +279,8 @@ class Moe(nn.Module):
         # Without SP the TP ranks hold the same tokens, of which each routes its part.
         divided = context.layout.tp > 1 and not context.sp
         own = split_tokens(x, context.groups.tp) if divided else x
-        flat, chosen, weights = self.gate(own.flatten(0, 1), aux_scale)
-        out = self.experts(flat, chosen, weights).view_as(own)
+        flat, chosen, weights = self.gate(own, aux_scale)
+        out = self.experts(flat, chosen, weights, self._padded_to(len(flat))).view_as(own)
         if divided:
             out = join_tokens(out, context.groups.tp)
         if self.shared_experts is not None:
@@ -353,3 +289,12 @@ class Moe(nn.Module):
                 shared = shared * self.shared_expert_gate(x).sigmoid()
             out = out + shared
         return out
+
+    def _padded_to(self, tokens: int) -> int:
+        """Return the rows that every expert gets from here, 0 where it gets what was chosen."""
+        moe, context = self.gate.moe, self.context
+        if not (moe.capacity_factor and moe.pad_to_capacity):
+            return 0
+        assert context.token_groups is not None
+        groups = int(context.token_groups.max()) + 1
+        return groups * capacity(moe, tokens // groups)

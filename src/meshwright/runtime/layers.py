@@ -21,7 +21,7 @@ from meshwright.parallel.layout import Recompute
 from meshwright.runtime.context import Context
 from meshwright.runtime.groups import Group
 from meshwright.runtime.parameters import Box, Partial, ShardedParameter, parameter
-from meshwright.runtime.shape import Rope, yarn_mscale
+from meshwright.runtime.shape import Activation, Rope, yarn_mscale
 from meshwright.runtime.tensor_parallel import enter, enter_linear, leave, linear, sum_over
 
 
@@ -267,8 +267,22 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor], *, interleaved: bool = False)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
+def gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """Return what a gated feed-forward network multiplies down.
+
+    silu: SwiGLU, gelu_tanh: GeGLU (both arXiv:2002.05202). clamped_swish (gpt-oss,
+    arXiv:2508.10925): ``g sigmoid(1.702 g) (u + 1)`` with g at most 7 and u within -7 and 7.
+    """
+    if activation == "silu":
+        return F.silu(gate) * up
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
 class Mlp(nn.Module):
-    """A gated feed-forward network (SwiGLU, arXiv:2002.05202); its features are divided by TP."""
+    """A gated feed-forward network; its features are divided by TP."""
 
     def __init__(
         self, context: Context, name: str, size: int, flag: Recompute = Recompute.mlp
@@ -290,7 +304,7 @@ class Mlp(nn.Module):
     def _compute(self, x: Tensor) -> Tensor:
         tp, sp = self.context.groups.tp, self.context.sp
         gate, up = enter_and_project(self.context, x, self.gate_proj, self.up_proj)
-        out = self.down_proj(F.silu(gate) * up)
+        out = self.down_proj(gated(self.context.shape.activation, gate, up))
         return self.down_proj.add_bias(leave(out, tp, sp=sp))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+from meshwright.describe.job import Execution
 from meshwright.errors import JobError, LayoutError, ModelError, nearest_divisors
 from meshwright.parallel.layout import Layout, Zero
 from meshwright.parallel.mesh import pipelines_agree
 from meshwright.runtime.groups import cp_levels
-from meshwright.runtime.shape import ModelShape
+from meshwright.runtime.shape import ModelShape, MoeShape
 from meshwright.runtime.stages import placement_of, schedule_of
 
 
@@ -90,6 +93,73 @@ def _check_experts(shape: ModelShape, x: Layout[int]) -> None:
             f"It must divide num_experts = {shape.moe.num_experts}.",
             "Correct the config.",
         )
+
+    _check_balancing(shape, shape.moe)
+    if shape.moe.expert_bias:
+        _divides("etp", x.etp, shape.hidden_size, "hidden_size")
+
+
+def _check_balancing(shape: ModelShape, moe: MoeShape) -> None:
+    """Refuse what would do nothing."""
+    for key, value, wrong, rule, remedy in (
+        (
+            "moe_router_bias_update_rate",
+            moe.bias_update_rate,
+            moe.bias_update_rate and not moe.correction_bias,
+            "The routers of this family have no bias to update.",
+            "Use 0.",
+        ),
+        (
+            "moe_router_bias_update_rate",
+            moe.bias_update_rate,
+            moe.bias_update_rate and shape.lora_rank,
+            "With low-rank changes every other weight is frozen.",
+            "Use 0.",
+        ),
+        (
+            "moe_pad_expert_input_to_capacity",
+            True,
+            moe.pad_to_capacity and not moe.capacity_factor,
+            "Without a capacity there is nothing to pad to.",
+            "Set moe_expert_capacity_factor, to 1.0 say.",
+        ),
+        (
+            "moe_expert_capacity_factor",
+            moe.capacity_factor,
+            not 0.0 <= moe.capacity_factor < math.inf,
+            "It is 0 (dropless) or a finite factor of the balanced load.",
+            "Use 1.0.",
+        ),
+    ):
+        if wrong:
+            raise ModelError(f"config.{key}", value, rule, remedy)
+
+
+def check_execution(shape: ModelShape, execution: Execution) -> None:
+    """Raise ``JobError`` for switches of the planner that the runtime would only ignore."""
+    moe_factor = shape.moe.capacity_factor if shape.moe else 0.0
+    for name, wrong, rule, remedy in (
+        (
+            "overlap_ep_comm",
+            execution.overlap_ep_comm,
+            "The runtime exchanges tokens of experts before it computes on.",
+            "Use overlap_ep_comm=False.",
+        ),
+        (
+            "delay_weight_grad",
+            execution.delay_weight_grad,
+            "The runtime delays weight gradients where the schedule splits the backward pass.",
+            "Use schedule=zb_h1 or zb_v.",
+        ),
+        (
+            "capacity_factor",
+            execution.capacity_factor not in (None, moe_factor),
+            "Capacity changes what is computed, so the runtime takes it from the model.",
+            "Write moe_expert_capacity_factor into the config.",
+        ),
+    ):
+        if wrong:
+            raise JobError(f"job.{name}", getattr(execution, name), rule, remedy)
 
 
 def _check_sequence(shape: ModelShape, x: Layout[int], seq_len: int) -> None:

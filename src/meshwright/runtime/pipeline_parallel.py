@@ -125,6 +125,7 @@ class Pipeline:
     ) -> None:
         self.context, self.chunks, self.schedule, self.dp = context, chunks, schedule, dp
         self.rank = context.groups.pp.index
+        self.expert_counts: dict[str, Tensor] = {}
         self.last_stage = len(schedule.rank_of_stage) - 1
         self.last_backward = {
             action.chunk: action.microbatch
@@ -138,8 +139,10 @@ class Pipeline:
         """Run forward and backward of every microbatch; gradients collect in ``dp``.
 
         Returns the losses of the last stage per microbatch (empty elsewhere), stacked
-        ``[1 + depths]``, and the auxiliary losses of this rank's routers.
+        ``[1 + depths]``, and the auxiliary losses of this rank's routers, whose choices are then in
+        ``expert_counts``.
         """
+        self.expert_counts.clear()
         step = _Step(self, batches, empty)
         for action in self.schedule.ranks[self.rank]:
             step.perform(action)
@@ -208,10 +211,15 @@ class _Step:
         if stage > 0:
             x = self.mail.receive(Message("F", stage, action.microbatch))
             x = x.detach().requires_grad_()
-        aux = pipeline.context.aux_losses
+        aux, counts = pipeline.context.aux_losses, pipeline.context.expert_counts
         aux.clear()
+        counts.clear()
         out = chunk(x, self.batches[action.microbatch])
+        # Recomputing in backward collects again, which nobody reads.
         self.aux_losses += aux
+        for name, found in counts.items():
+            total = pipeline.expert_counts.get(name)
+            pipeline.expert_counts[name] = found if total is None else total + found
         if torch.is_grad_enabled():
             self.held[action.chunk, action.microbatch] = (x, out)
         if chunk.plan.loss:

@@ -15,6 +15,9 @@ from meshwright.describe.facts import Attention, Decoder, LatentAttention, Layer
 from meshwright.describe.model import Model
 from meshwright.errors import ModelError
 
+Activation = Literal["silu", "gelu_tanh", "clamped_swish"]
+"""What gates a feed-forward network; ``layers.gated`` has the formulas."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -64,7 +67,13 @@ class MoeShape:
     ``scoring`` turns router logits into scores; with ``num_groups`` > 1 only experts of the best
     ``topk_groups`` groups can be chosen, a group's score being its best expert (``max``) or the sum
     of its two best (``top2``). ``correction_bias`` shifts the choice but not the weights.
-    ``names`` is the naming of checkpoints.
+    ``expert_bias``: the products of experts have biases. ``names`` is the naming of checkpoints.
+
+    With ``capacity_factor`` > 0 an expert takes no more than its capacity (``capacity``), dropping
+    the choices of least weight (``probs``) or the last ones (``position``); ``pad_to_capacity``
+    sends so many rows to each whatever was chosen. ``balance`` says over which tokens the
+    auxiliary loss is taken: a microbatch, or each sequence alone. ``bias_update_rate`` > 0 moves
+    the correction bias after every step.
     """
 
     num_experts: int
@@ -79,6 +88,12 @@ class MoeShape:
     topk_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
     correction_bias: bool = False
+    expert_bias: bool = False
+    capacity_factor: float = 0.0
+    drop_policy: Literal["probs", "position"] = "probs"
+    pad_to_capacity: bool = False
+    balance: Literal["aux_loss", "seq_aux_loss"] = "aux_loss"
+    bias_update_rate: float = 0.0
     aux_loss_coef: float = 0.0
     z_loss_coef: float = 0.0
     names: Literal["mixtral", "qwen", "deepseek"] = "qwen"
@@ -90,11 +105,12 @@ class ModelShape:
 
     ``moe_layers`` are the layers with experts. ``qk_norm``: ``head`` normalises each head,
     ``whole`` all heads together. ``norms``: ``pre`` before each branch, ``post`` after it (OLMo
-    2). ``window`` limits how far back a token attends (0: no limit), on the layers in
-    ``window_layers``. ``mtp_layers`` counts multi-token-prediction depths (DeepSeek-V3,
-    arXiv:2412.19437) whose loss is weighted by ``mtp_loss_coef``. With ``lora_rank`` > 0 all
-    weights are frozen and every linear layer but experts, router and head learns a low-rank
-    change ``lora_alpha / lora_rank * B A`` (arXiv:2106.09685).
+    2). ``activation`` gates the feed-forward networks. ``window`` limits how far back a token
+    attends (0: no limit), on the layers in ``window_layers``. ``mtp_layers`` counts
+    multi-token-prediction depths (DeepSeek-V3, arXiv:2412.19437) whose loss is weighted by
+    ``mtp_loss_coef``. With ``lora_rank`` > 0 all weights are frozen and every linear layer but
+    experts, router and head learns a low-rank change ``lora_alpha / lora_rank * B A``
+    (arXiv:2106.09685).
     """
 
     model_type: str = "llama"
@@ -110,6 +126,7 @@ class ModelShape:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    activation: Activation = "silu"
     qk_norm: Literal["", "head", "whole"] = ""
     norms: Literal["pre", "post"] = "pre"
     tie_word_embeddings: bool = False
@@ -318,9 +335,39 @@ def _moe(moe: Moe, family: _Family, values: Mapping[str, Any]) -> MoeShape:
         topk_groups=groups[1],
         group_score=family.group_score,
         correction_bias=moe.correction_bias,
-        aux_loss_coef=float(values.get("router_aux_loss_coef", family.aux_loss_coef)),
+        expert_bias=moe.expert_bias,
         names=family.names,
+        **_balancing(family, values),
     )
+
+
+def _balancing(family: _Family, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Read how load is balanced: keys of Hugging Face configs, then those of Megatron-LM.
+
+    Raises ``ModelError`` for a value that no framework knows.
+    """
+    sequences = values.get("seq_aux", True) and "aux_loss_alpha" in values
+    word = values.get("moe_router_load_balancing_type", "")
+    policy = values.get("moe_token_drop_policy", "probs")
+    for key, value, known in (
+        ("moe_router_load_balancing_type", word, ("", "none", "aux_loss", "seq_aux_loss")),
+        ("moe_token_drop_policy", policy, ("probs", "position")),
+    ):
+        if value not in known:
+            remedy = f"Use {' or '.join(filter(None, known))}."
+            raise ModelError(f"config.{key}", value, "The runtime computes others.", remedy)
+    coefficient = family.aux_loss_coef
+    for key in ("aux_loss_alpha", "router_aux_loss_coef", "moe_aux_loss_coeff"):
+        coefficient = float(values.get(key, coefficient))
+    return {
+        "capacity_factor": float(values.get("moe_expert_capacity_factor", 0.0)),
+        "drop_policy": policy,
+        "pad_to_capacity": bool(values.get("moe_pad_expert_input_to_capacity", False)),
+        "balance": "seq_aux_loss" if word == "seq_aux_loss" or sequences else "aux_loss",
+        "bias_update_rate": float(values.get("moe_router_bias_update_rate", 0.0)),
+        "aux_loss_coef": 0.0 if word == "none" else coefficient,
+        "z_loss_coef": float(values.get("moe_z_loss_coeff", 0.0)),
+    }
 
 
 def _mla(latent: LatentAttention) -> MlaShape:

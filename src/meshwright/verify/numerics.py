@@ -143,6 +143,7 @@ def check_dtype(dtype: str) -> None:
 
 
 def _run_rank(rank: int, x: Layout[int], case: Case, dtype: str) -> _RankResult:
+    capacity_layout = x
     if rank >= x.world_size:
         x, rank = _one_process(x), 0
     settings = Settings(
@@ -150,6 +151,7 @@ def _run_rank(rank: int, x: Layout[int], case: Case, dtype: str) -> _RankResult:
         gbs=case.gbs,
         dtype=torch.float64 if dtype == "float64" else torch.float32,
         noise=0.02,
+        capacity_layout=capacity_layout,
         optimizer=OptimizerSettings(lr=1e-3, clip_norm=0.1),
     )
     engine = Engine(case.shape, x, settings, rank=rank)
@@ -171,7 +173,7 @@ def _run_rank(rank: int, x: Layout[int], case: Case, dtype: str) -> _RankResult:
                 for piece in engine.dp.pieces()
             ]
         )
-        engine.optimizer.step(settings.optimizer.lr)
+        engine.update(settings.optimizer.lr)
         losses.append(found[0])
     return _RankResult(losses=losses, grads=grads, params=_parameters(engine.dp.buffers))
 

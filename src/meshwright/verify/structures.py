@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from meshwright.runtime.shape import MlaShape, ModelShape, MoeShape, Rope
 
 STRUCTURES: dict[str, ModelShape] = {
@@ -126,3 +129,19 @@ STRUCTURES: dict[str, ModelShape] = {
         lora_rank=4,
     ),
 }
+
+
+def _with_experts(name: str, **changed: Any) -> ModelShape:
+    """Return a structure whose experts are balanced otherwise."""
+    shape = STRUCTURES[name]
+    assert shape.moe is not None
+    return replace(shape, moe=replace(shape.moe, **changed))
+
+
+STRUCTURES["capacity"] = _with_experts("qwen2_moe", capacity_factor=1.0)
+STRUCTURES["padded"] = _with_experts(
+    "qwen2_moe", capacity_factor=1.0, drop_policy="position", pad_to_capacity=True
+)
+STRUCTURES["balanced"] = _with_experts(
+    "deepseek_v3", capacity_factor=1.5, balance="seq_aux_loss", bias_update_rate=0.01
+)
