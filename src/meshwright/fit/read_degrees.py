@@ -26,6 +26,11 @@ ACCUMULATION = (
 )
 """Settings that say how many micro-batches a rank runs in a step."""
 
+GROUP_SIZE = (
+    "microbatch_group_size_per_virtual_pipeline_stage",
+    "microbatch_group_size_per_vp_stage",
+)
+
 
 @dataclass(frozen=True)
 class Degrees:
@@ -132,6 +137,9 @@ def _batch(s: Settings, dp: int, pp: int, seq_len: int) -> tuple[int, int]:
     for name, value in (("gbs", gbs), ("mbs", mbs)):
         if not 1 <= value < 2**40:
             raise LayoutError(name, value, "Batches hold at least one sequence.", "Use 1 or more.")
+    if gbs < mbs and mbs % (gbs * dp) == 0:
+        s.assumed.append(f"gbs = {mbs}, mbs = {gbs}: stated the other way round")
+        mbs, gbs = gbs, mbs
     if gbs % (mbs * dp):
         near = max(round(gbs / (mbs * dp)), 1) * mbs * dp
         s.assumed.append(f"gbs {gbs} is read as {near}, whole micro-batches on {dp} ranks")
@@ -149,14 +157,13 @@ def _micro_batch(gbs: int | None, dp: int, pp: int, seq_len: int) -> int:
 
 def _chunks(s: Settings, model: Model, pp: int, num_microbatches: int) -> int:
     """Return the model chunks of a pipeline rank: stated, told by the layers, or the most."""
+    most = model.num_layers + len(model.mtp_layers) + 2
+    if pp > most:
+        rule = f"{model.num_layers} layers, embedding and loss fill at most {most} stages."
+        raise LayoutError("pp", pp, rule, f"Use {model.num_layers} or fewer.")
     value = _stated_chunks(s, model, pp)
     if value is not None and value >= 1:
-        if pp == 1 and value > 1:
-            s.assumed.append(f"vpp = 1: {value} is stated, and there is no pipeline")
-        if pp * value > MOST_GPUS:
-            rule = f"pp*vpp is at most {MOST_GPUS:,}."
-            raise LayoutError("vpp", value, rule, "Use fewer chunks.")
-        return value if pp > 1 else 1
+        return _usable_chunks(s, value, pp, num_microbatches, most)
     if pp == 1:
         return 1
     per_rank = model.num_layers // pp
@@ -166,6 +173,21 @@ def _chunks(s: Settings, model: Model, pp: int, num_microbatches: int) -> int:
         vpp = max((v for v in chunks if per_rank % v == 0 and per_rank // v >= 2), default=1)
     s.assumed.append(f"vpp = {vpp}: not stated")
     return vpp
+
+
+def _usable_chunks(s: Settings, value: int, pp: int, num_microbatches: int, most: int) -> int:
+    """Return the stated chunks, 1 where they cannot interleave. Raises ``LayoutError``."""
+    if pp * value > max(most, pp):
+        rule = f"pp*vpp is at most {most}: the layers, embedding and loss."
+        raise LayoutError("vpp", value, rule, f"Use {most // pp} or fewer.")
+    group = s.whole(*GROUP_SIZE)
+    rest = num_microbatches % (group if group >= pp else pp)
+    if pp == 1 or value == 1 or (num_microbatches >= pp and (rest == 0 or rest >= pp)):
+        if pp == 1 < value:
+            s.assumed.append(f"vpp = 1: {value} is stated, and there is no pipeline")
+        return value if pp > 1 else 1
+    s.assumed.append(f"vpp = 1: {num_microbatches} micro-batches do not interleave over pp = {pp}")
+    return 1
 
 
 def _stated_chunks(s: Settings, model: Model, pp: int) -> int | None:

@@ -288,8 +288,13 @@ def _has_transformer_engine(s: Settings, framework: Framework) -> bool:
 
 
 def _dispatcher(s: Settings) -> Literal["alltoall", "allgather", "deepep", "hybridep"]:
-    word = s.text("moe_token_dispatcher_type", default="alltoall")
-    backend = s.text("moe_flex_dispatcher_backend")
+    kernels = s.text("kernels", "features")
+    known = next((w for w in ("hybridep", "deepep") if w in kernels), "")
+    word = s.text("moe_token_dispatcher_type", default=known or "alltoall")
+    word = "alltoall" if word == "alltoall_seq" else word.replace("all_gather", "allgather")
+    backend = s.text("moe_flex_dispatcher_backend", default=known)
+    if word in ("hybridep", "deepep"):
+        return "hybridep" if word == "hybridep" else "deepep"
     if word == "flex" or (backend and s.find("moe_token_dispatcher_type") is None):
         return "hybridep" if backend == "hybridep" else "deepep"
     if word not in ("alltoall", "allgather"):

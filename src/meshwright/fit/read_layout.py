@@ -9,7 +9,7 @@ from typing import Any
 from meshwright.describe.model import Model
 from meshwright.errors import LayoutError
 from meshwright.fit.framework import Framework
-from meshwright.fit.read_degrees import Degrees, hybrid_stages
+from meshwright.fit.read_degrees import GROUP_SIZE, Degrees, hybrid_stages
 from meshwright.fit.read_recompute import Recomputation
 from meshwright.fit.read_sharding import read_sharding
 from meshwright.fit.settings import Settings
@@ -91,9 +91,7 @@ def _sequence_parallel(s: Settings, framework: Framework, tp: int) -> bool:
 
 
 def _group_size(s: Settings, d: Degrees) -> int:
-    size = s.whole(
-        "microbatch_group_size_per_virtual_pipeline_stage", "microbatch_group_size_per_vp_stage"
-    )
+    size = s.whole(*GROUP_SIZE)
     return size if d.vpp > 1 and size >= d.pp else 0
 
 

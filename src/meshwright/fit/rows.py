@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from meshwright.checks import Case, all_checks
+from meshwright.cost.detail import estimate
 from meshwright.cost.memory import Statistic
 from meshwright.describe.cluster import Cluster, build_cluster
 from meshwright.describe.decoder import build_decoder
@@ -13,14 +15,14 @@ from meshwright.describe.facts import Decoder
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
 from meshwright.describe.published import published_decoder
-from meshwright.errors import ModelError, did_you_mean
+from meshwright.errors import LayoutError, ModelError, did_you_mean
 from meshwright.fit.framework import framework_of
 from meshwright.fit.read_degrees import read_degrees
 from meshwright.fit.read_job import read_job
 from meshwright.fit.read_layout import read_layout
 from meshwright.fit.read_recompute import read_recompute
 from meshwright.fit.settings import Settings, read_settings
-from meshwright.parallel.layout import Layout
+from meshwright.parallel.layout import Layout, Recompute, table
 
 Rank = Literal["fullest", "first", "last"]
 
@@ -61,6 +63,9 @@ def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
         s, framework, seq_len, degrees.gbs, is_latent=model.is_mla, by_op=recompute.by_op
     )
     made = read_layout(s, framework, model, degrees, recompute, cluster.gpus_per_node)
+    if recompute.if_needed:
+        made = _recomputed_if_needed(s, made, lambda x: estimate(model, cluster, job, x).verdict)
+    _refuse_what_cannot_be(Case(model=model, job=job, x=table([made]), cluster=cluster))
     statistic, rank = read_question(s)
     return Run(
         model=model,
@@ -72,6 +77,29 @@ def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
         is_module=s.cell("task") == "module",
         assumed=tuple(dict.fromkeys((*model.assumed, *cluster.assumed, *s.assumed))),
     )
+
+
+def _recomputed_if_needed(
+    s: Settings, made: Layout[int], verdict: Callable[[Layout[int]], str]
+) -> Layout[int]:
+    """Return the layout with whole layers recomputed, or without where that fits."""
+    fits = verdict(made) == "fits"
+    word = "none: not stated, and it fits" if fits else "full: not stated, as in a later recipe"
+    s.assumed.append(f"recompute = {word}")
+    return made if fits else replace(made, recompute=Recompute.full)
+
+
+REFUSED_RULES = ("divisibility", "ep_needs_experts", "ep_divides_experts", "gpu_has_the_format")
+"""Topics and names of the rules of ``checks`` by which a row contradicts its model or its GPU."""
+
+
+def _refuse_what_cannot_be(case: Case) -> None:
+    rules = (c for c in all_checks() if {c.topic, c.name} & set(REFUSED_RULES))
+    broken = next((c for c in rules if c.severity == "error" and c.fires(case)[0]), None)
+    if broken is not None:
+        told = broken.finding(case, 0)
+        field = told.field.removeprefix("layout.").removeprefix("job.")
+        raise LayoutError(field, told.value, told.rule, told.remedy)
 
 
 def read_model(s: Settings, models: Mapping[str, Any]) -> Model:
@@ -167,13 +195,14 @@ def _default_ffn(entry: dict[str, Any]) -> None:
 
 
 def read_cluster(s: Settings, num_gpus: int) -> Cluster:
-    """Return the machines of a row."""
+    """Return the machines of a row; a domain of 0 GPUs is none."""
+    domain = s.number("nvlink_domain")
     return build_cluster(
         s.cell("gpu"),
         num_gpus,
         system=s.cell("system"),
         gpus_per_node=s.number("gpus_per_node"),
-        nvlink_domain=s.number("nvlink_domain"),
+        nvlink_domain=1 if domain == 0 else domain,
         network=s.cell("internode"),
         nearest=True,
     )
