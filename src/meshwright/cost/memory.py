@@ -23,20 +23,30 @@ from meshwright.parallel.layout import Layouts, Recompute, Zero
 
 @dataclass(frozen=True)
 class BytesPerParam:
-    """Bytes that one rank holds for each parameter of its slice, [N]: dense and expert weights."""
+    """Bytes that one rank holds for each parameter of its slice, [N]: dense and expert weights.
+
+    ``table``: of the embedding and the head, where they differ from other dense weights.
+    """
 
     dense: Floats
     expert: Floats
+    table: Floats | None = None
 
 
 def weights_bytes_per_param(job: Job, x: Layouts) -> BytesPerParam:
     """Weights in compute precision, quantised copies included.
 
-    ZeRO-3 keeps 1/shard of them. Ref: Rajbhandari et al., arXiv:1910.02054, section 3. Left out:
-    allocator rounding; the layers gathered at one time are ``gathered_weights``.
+    ZeRO-3 keeps 1/shard of them. Embedding and head are held in 16 bit under every quantised
+    recipe. Ref: Rajbhandari et al., arXiv:1910.02054, section 3; Megatron-LM, ``fp8_utils``
+    (``get_fp8_context`` and fp8 parameters are of Transformer Engine's linear layers alone). Left
+    out: allocator rounding; the layers gathered at one time are ``gathered_weights``.
     """
     whole = job.precision.param_bytes + job.precision.param_copy_bytes
-    return _sharded(whole, x, Zero.optim_grads_params)
+    held = _sharded(whole, x, Zero.optim_grads_params)
+    table = max(job.precision.param_bytes, job.precision.act_bytes)
+    if table == whole:
+        return held
+    return replace(held, table=_sharded(table, x, Zero.optim_grads_params).dense)
 
 
 def grads_bytes_per_param(job: Job, x: Layouts) -> BytesPerParam:
@@ -202,7 +212,13 @@ def saved_tensors(op: Op, p: Pricing) -> tuple[Saved, ...]:
         return tuple(s for s in op.saved if s.dtype != "fp32") + tuple(kept)
     if op.kind is OpKind.cross_entropy and p.job.execution.cross_entropy != "vendor":
         return (replace(op.saved[0], name="logits_fp32", dtype="fp32"),)
+    if op.name == _EXPERTS_ACTIVATION and not p.job.execution.fused_expert_activation:
+        dropped = op.saved[0].dropped | Recompute.moe_act
+        return (*op.saved, replace(op.saved[0], name="experts_activation_steps", dropped=dropped))
     return op.saved
+
+
+_EXPERTS_ACTIVATION = "experts_activation"
 
 
 def element_bytes(saved: Saved, p: Pricing) -> float:
@@ -240,7 +256,37 @@ def working_bytes(op: Op, p: Pricing) -> Floats:
     if op.kind is OpKind.attention:
         dims = op.num_heads * (op.qk_head_dim + 2 * op.v_head_dim)
         return tokens * (dims + op.num_kv_heads * op.qk_head_dim) / divisor * 2.0
+    if op.name == _EXPERTS_ACTIVATION and not p.job.execution.fused_expert_activation:
+        return tokens * (op.moved_per_token - op.saved[0].elements) / divisor * _UNFUSED_ACTIVATION
+    if any(c.kind == "dispatch" for c in op.comm):
+        return exchanged_bytes(op, p)
     return np.zeros_like(tokens)
+
+
+def exchanged_bytes(op: Op, p: Pricing) -> Floats:
+    """Return what routed tokens take while the experts run forward, [D].
+
+    copies * routed tokens * width. All-to-all: sorted by rank, received, sorted by expert. Gathered
+    or sent by DeepEP: received (there once for all experts of a rank, g(1 - (1 - 1/g)^topk) / topk
+    of the copies), sorted by expert. HybridEP sorts as it receives. All: what the experts return.
+    Quantised products pad their input, but for HybridEP's, which comes padded: one more. Ref:
+    Megatron-LM, ``transformer.moe.moe_layer`` (each step's input stays referenced by its caller).
+    Left out: buffers of the libraries.
+    """
+    g, chosen = p.slice.ep, p.slice.routed_tokens / (p.slice.sp_tokens * p.slice.etp)
+    once = np.minimum(g * (1.0 - (1.0 - 1.0 / g) ** chosen) / chosen, 1.0)
+    dispatcher = p.job.execution.dispatcher
+    received = {"alltoall": 2.0, "allgather": 1.0, "deepep": once, "hybridep": 0.0}[dispatcher]
+    is_padded = p.job.precision.matmul_input_bytes < p.job.precision.act_bytes
+    padded = float(is_padded and dispatcher != "hybridep")
+    width = sum(c.elements for c in op.comm) * p.job.precision.act_bytes
+    return p.slice.routed_tokens * width * (2.0 + received + padded)
+
+
+_UNFUSED_ACTIVATION = 12.0
+"""Bytes an element of an expert's hidden state when probabilities in fp32 are multiplied in by a
+kernel of its own: gradients of the product in 16 bit and in fp32 (2 + 4), of the activation and of
+the probabilities before they are summed (4 + 4), less the input of fc2, which is through (2)."""
 
 
 @dataclass(frozen=True)

@@ -300,6 +300,8 @@ def memory_of_candidates(
     def held_by(params: Floats, candidate: int) -> Floats:
         return np.einsum("nk,k->n", params, s.held_params[candidate])[g.slice_of]
 
+    tables = slice(p.facts.num_layer_kinds, p.facts.num_layer_kinds + 2)
+
     sizes = HeldBytes(
         kept=p.kept[at],
         whole=p.whole[at],
@@ -327,6 +329,9 @@ def memory_of_candidates(
             "logits_bytes": running.logits[g.slice_of],
             "buffers_bytes": running.buffers[g.slice_of] + gathered,
         }
+        if weights.table is not None:
+            of_tables = np.einsum("nk,k->n", dense[:, tables], s.held_params[q][tables])
+            held["weights_bytes"] += of_tables[g.slice_of] * (weights.table - weights.dense)
         if phase == "optimizer" or (phase is None and t.update_copies):
             copies = learns * update.dense + learns_expert * update.expert
             update_instead(held, copies, always=phase == "optimizer")
@@ -337,7 +342,8 @@ def memory_of_candidates(
 
 
 def _of_rows(per_param: BytesPerParam, rows: Index) -> BytesPerParam:
-    return BytesPerParam(per_param.dense[rows], per_param.expert[rows])
+    table = None if per_param.table is None else per_param.table[rows]
+    return BytesPerParam(per_param.dense[rows], per_param.expert[rows], table)
 
 
 def peak_bytes(t: Table, g: Group) -> Floats:

@@ -154,6 +154,8 @@ class Execution:
     grouped_gemm: bool = True
     fused_permute: bool = True
     """Routed tokens are sorted by one kernel, rather than by a chain of them."""
+    fused_expert_activation: bool = True
+    """The activation of experts and the product with routing probabilities are one kernel."""
     fused_experts: bool = False
     """Transformer Engine's op fuser runs products, biases and activation of experts together."""
     forced_balance: bool = True

@@ -90,6 +90,8 @@ def read_precision(s: Settings, framework: Framework, *, is_latent: bool = False
         changes["param_copy_bytes"] = max(recipe.param_copy_bytes - 1.0, 0.0)
     if framework.name == "composer":
         changes |= _composer(s)
+    if _is_module(s):
+        changes |= {"master_bytes": 0.0, "moment_bytes": 0.0}
     if framework.name in ("torchtitan", "automodel"):
         # FSDP2 keeps the sharded weights in fp32 and gathers them in 16 bit.
         changes |= {"master_bytes": 4.0, "param_bytes": 2.0}
@@ -214,7 +216,11 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
         compiled_cross_entropy=loss == "compiled",
         in_place_cross_entropy=loss != "plain",
         fused_wgrad_accumulation=not s.flag("no_gradient_accumulation_fusion", default=False)
-        and s.flag("gradient_accumulation_fusion", default=framework.fused_wgrad_accumulation),
+        and s.flag(
+            "gradient_accumulation_fusion",
+            default=framework.fused_wgrad_accumulation and not _is_module(s),
+        ),
+        fused_expert_activation=s.flag("bias_activation_fusion", default=not _is_module(s)),
         keeps_placeholders=_keeps_placeholders(s, framework),
         grouped_gemm=s.flag("moe_grouped_gemm", default=not s.section("args")),
         fused_experts=s.flag("use_transformer_engine_op_fuser", default=False),
@@ -240,6 +246,12 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
         else frozenset(),
         power_boost=s.flag("vboost", default="with vboost" in s.text("condition")),
     )
+
+
+def _is_module(s: Settings) -> bool:
+    """Return whether one layer ran alone: built with Megatron's defaults, which fuse nothing, and
+    without an optimizer."""
+    return s.cell("task") == "module"
 
 
 def _has_dropout(s: Settings) -> bool:
