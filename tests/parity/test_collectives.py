@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from meshwright.runtime.collectives import (
     Pending,
+    gather_blocks,
     start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
+    start_scatter_blocks,
 )
 from meshwright.runtime.groups import Group
 from meshwright.runtime.launch import run_ranks
@@ -58,3 +62,32 @@ def _sums_of_floats(rank: int) -> list[bytes]:
 def test_every_rank_holds_the_same_sum_to_the_last_bit() -> None:
     first, *others = run_ranks(3, _sums_of_floats, timeout_s=60.0)
     assert all(other == first for other in others)
+
+
+def _copy(to: torch.Tensor, x: torch.Tensor, rows: slice) -> None:
+    to[rows] = x[rows]
+
+
+def _in_blocks(rank: int, world: int, direct: bool) -> list[bool]:
+    """Gather, and reduce and scatter, while the caller works on what is there."""
+    library = Group(tuple(range(world)), rank, dist.group.WORLD)
+    group = Group(library.ranks, rank, library.handle, direct=direct)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randint(-1000, 1000, (5 * world, 3), generator=generator).double()
+    out, seen = torch.empty_like(x), torch.zeros_like(x)
+    for rows in gather_blocks(x[:5], group, out):
+        seen[rows] = out[rows]
+    whole = torch.empty_like(x)
+    summed = start_scatter_blocks(whole, partial(_copy, whole, x), group).wait()
+    return [
+        torch.equal(seen, start_all_gather(x[:5], library).wait()),
+        torch.equal(summed, start_reduce_scatter(x, library).wait()),
+    ]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("world", "direct"), [(2, True), (3, True), (2, False)])
+def test_rows_that_are_worked_on_while_others_travel_are_the_right_ones(
+    world: int, direct: bool
+) -> None:
+    assert all(all(found) for found in run_ranks(world, _in_blocks, world, direct, timeout_s=60.0))

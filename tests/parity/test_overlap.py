@@ -9,6 +9,7 @@ import torch
 
 from meshwright.describe.job import Execution
 from meshwright.parallel.layout import from_text
+from meshwright.runtime import tensor_parallel
 from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.flat_buffer import FlatBuffer
 from meshwright.runtime.launch import run_ranks
@@ -55,6 +56,15 @@ def test_nothing_overlapped_equals_one_process(
     monkeypatch: pytest.MonkeyPatch, model: str, text: str
 ) -> None:
     _verify_with(monkeypatch, model, text, execution=NOTHING)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("text", ["tp=2 sp=false", "tp=4 sp=false recompute=full"])
+def test_sums_that_travel_in_halves_equal_one_process(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(tensor_parallel, "UNDIVIDED_BYTES", 0)
+    _verify_with(monkeypatch, "default", text)
 
 
 @pytest.mark.parity

@@ -18,11 +18,12 @@ from meshwright.runtime.layers import (
     Linear,
     RmsNorm,
     enter_and_project,
+    project_and_leave,
     residual_std,
     rotate,
 )
-from meshwright.runtime.parameters import Partial
-from meshwright.runtime.tensor_parallel import enter, leave
+from meshwright.runtime.parameters import Box, Partial, ShardedParameter, parameter
+from meshwright.runtime.tensor_parallel import enter
 
 
 def to_heads(x: Tensor, heads: int) -> Tensor:
@@ -76,6 +77,16 @@ class Attention(nn.Module):
             std=residual_std(context),
         )
         self.q_norm, self.k_norm = self._norms(context, name)
+        self.sinks: ShardedParameter | None = None
+        if shape.sinks:
+            box = Box(
+                name=f"{name}.sinks",
+                shape=(shape.num_heads,),
+                offsets=(tp.index * self.heads,),
+                std=shape.initializer_range,
+                decay=False,
+            )
+            self.sinks = parameter(box, (self.heads,), context.dtype)
 
     @staticmethod
     def _norms(context: Context, name: str) -> tuple[RmsNorm | None, RmsNorm | None]:
@@ -94,8 +105,8 @@ class Attention(nn.Module):
             RmsNorm(context, f"{name}.k_norm", shape.num_kv_heads * shape.head_dim, over=tp),
         )
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the branch's output for the tokens here."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return the branch's output for the tokens here; without ``rope`` they have no positions."""
         context = self.context
         q, k, v = enter_and_project(context, x, self.q_proj, self.k_proj, self.v_proj)
         if self.q_norm and self.k_norm and context.shape.qk_norm == "whole":
@@ -103,18 +114,20 @@ class Attention(nn.Module):
         q, k, v = to_heads(q, self.heads), to_heads(k, self.kv_heads), to_heads(v, self.kv_heads)
         if self.q_norm and self.k_norm and context.shape.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rope), rotate(k, rope)
+        if rope is not None:
+            pair = context.shape.rope.interleaved
+            q, k = rotate(q, rope, interleaved=pair), rotate(k, rope, interleaved=pair)
         out = context.recomputed(
             Recompute.core_attn,
             context.attention,
             q,
             k,
             v,
-            context.shape.softmax_scale,
+            context.shape.scores,
             self.window,
+            self.sinks,
         )
-        out = leave(self.o_proj(from_heads(out)), context.groups.tp, sp=context.sp)
-        return self.o_proj.add_bias(out)
+        return project_and_leave(context, from_heads(out), self.o_proj)
 
 
 class LatentAttention(nn.Module):
@@ -184,12 +197,12 @@ class LatentAttention(nn.Module):
         k_rope = rotate(to_heads(k_rope, 1), rope, interleaved=pair).expand(-1, self.heads, -1, -1)
         return torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, k_rope], -1), v
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the branch's output for the tokens here."""
         context = self.context
+        assert rope is not None
         q, k, v = context.recomputed(Recompute.mla_up_proj, self._up, x, rope)
         out = context.recomputed(
-            Recompute.core_attn, context.attention, q, k, v, context.shape.softmax_scale, 0
+            Recompute.core_attn, context.attention, q, k, v, context.shape.scores, 0
         )
-        out = leave(self.o_proj(from_heads(out)), context.groups.tp, sp=context.sp)
-        return self.o_proj.add_bias(out)
+        return project_and_leave(context, from_heads(out), self.o_proj)

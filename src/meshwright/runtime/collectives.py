@@ -10,7 +10,7 @@ one host these cost half of gloo's own rings, and a fifth for small tensors.
 # pyright: reportUnknownArgumentType=false, reportIncompatibleMethodOverride=false
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -163,10 +163,54 @@ def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
     return Pending(works, lambda: _combined(arrived, torch.add))
 
 
+def gather_blocks(x: Tensor, group: Group, out: Tensor) -> Iterator[slice]:
+    """Gather along dim 0 into ``out`` and yield the rows that are there, this rank's own first.
+
+    The caller computes with some rows while others travel, and takes all that is yielded.
+    """
+    if not group.direct:
+        start_all_gather(x, group, out).wait()
+        yield slice(0, len(out))
+        return
+    rows, own = len(x), group.index
+    works = _exchange([x.contiguous()] * group.size, list(out.split(rows)), group)
+    out[own * rows : (own + 1) * rows] = x
+    yield slice(own * rows, (own + 1) * rows)
+    for index, work in zip(_others(group), works, strict=False):
+        work.wait()
+        yield slice(index * rows, (index + 1) * rows)
+    for work in works[group.size - 1 :]:
+        work.wait()
+
+
+def start_scatter_blocks(whole: Tensor, fill: Callable[[slice], None], group: Group) -> Pending:
+    """Begin to sum ``whole`` over ranks and scatter it along dim 0; ``fill`` computes rows of it.
+
+    The rows that others wait for are computed and sent first, this rank's own block last.
+    """
+    if not group.direct:
+        fill(slice(0, len(whole)))
+        return start_reduce_scatter(whole, group)
+    handle, rows = cast("Any", group.handle), len(whole) // group.size
+    blocks = list(whole.split(rows))
+    arrived = [torch.empty_like(block) for block in blocks]
+    works = [handle.recv([arrived[i]], i, 0) for i in _others(group)]
+    for i in _others(group):
+        fill(slice(i * rows, (i + 1) * rows))
+        works.append(handle.send([blocks[i]], i, 0))
+    fill(slice(group.index * rows, (group.index + 1) * rows))
+    arrived[group.index] = blocks[group.index]
+    return Pending(works, lambda: _combined(arrived, torch.add))
+
+
+def _others(group: Group) -> list[int]:
+    return [i for i in range(group.size) if i != group.index]
+
+
 def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: Group) -> list[Any]:
     """Send ``sent[i]`` to member i and fill ``received[i]`` from it, this rank's own left out."""
     handle = cast("Any", group.handle)
-    others = [i for i in range(group.size) if i != group.index]
+    others = _others(group)
     works = [handle.recv([received[i]], i, 0) for i in others]
     return works + [handle.send([sent[i]], i, 0) for i in others]
 

@@ -22,7 +22,14 @@ from meshwright.runtime.context import Context
 from meshwright.runtime.groups import Group
 from meshwright.runtime.parameters import Box, Partial, ShardedParameter, parameter
 from meshwright.runtime.shape import Activation, Rope, yarn_mscale
-from meshwright.runtime.tensor_parallel import enter, enter_linear, leave, linear, sum_over
+from meshwright.runtime.tensor_parallel import (
+    enter,
+    enter_linear,
+    leave,
+    linear,
+    linear_leave,
+    sum_over,
+)
 
 
 class Linear(nn.Module):
@@ -108,6 +115,17 @@ def enter_and_project(context: Context, x: Tensor, *layers: Linear) -> tuple[Ten
     return enter_linear(x, context.region, weights, biases)
 
 
+def project_and_leave(context: Context, x: Tensor, layer: Linear, *, last: bool = False) -> Tensor:
+    """Apply a row-parallel layer and leave the tensor-parallel region.
+
+    ``last``: what is recomputed ends here. Then the two stay apart, as backward needs the input
+    alone and makes no sum again.
+    """
+    if last or layer.lora is not None:
+        return layer.add_bias(leave(layer(x), context.groups.tp, sp=context.sp))
+    return layer.add_bias(linear_leave(x, layer.weight, context.region))
+
+
 class LowRank(nn.Module):
     """The trained low-rank change of a frozen linear layer (LoRA, arXiv:2106.09685).
 
@@ -162,6 +180,8 @@ class LowRank(nn.Module):
 class RmsNorm(nn.Module):
     """Root mean square norm (arXiv:1910.07467), computed in at least float32.
 
+    With ``norm_offset`` weights are kept as what they are beyond 1.
+
     ``over`` is the group whose ranks hold the other features when they are spread (norms over all
     heads at once under TP).
     """
@@ -177,6 +197,7 @@ class RmsNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.over = context.shape.norm_eps, over
+        self.offset = context.shape.norm_offset
         spread = over is not None and over.size > 1
         if partial is None:
             partial = "tp" if context.sp and not spread else ""
@@ -186,7 +207,7 @@ class RmsNorm(nn.Module):
             name=f"{name}.weight",
             shape=(size,),
             offsets=(index * local,),
-            init="ones",
+            init="zeros" if self.offset else "ones",
             partial=partial,
             counted=spread or context.groups.tp.index == 0,
             decay=False,
@@ -196,9 +217,14 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x / rms(x) * weight`` over the last dimension."""
-        if self.over is None or self.over.size == 1:
+        spread = self.over is not None and self.over.size > 1
+        if not (spread or self.offset):
             return F.rms_norm(x, (self.size,), self.weight, self.eps)
         wide = x if x.dtype == torch.float64 else x.float()
+        if not spread:
+            weight = self.weight.to(wide.dtype) + 1.0
+            return F.rms_norm(wide, (self.size,), weight, self.eps).to(x.dtype)
+        assert self.over is not None
         squares = sum_over(wide.square().sum(-1, keepdim=True), self.over)
         return (wide * torch.rsqrt(squares / self.size + self.eps)).to(x.dtype) * self.weight
 
@@ -259,8 +285,11 @@ def _yarn(inverse: Tensor, rope: Rope, dim: int) -> tuple[Tensor, float]:
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor], *, interleaved: bool = False) -> Tensor:
-    """Rotate ``[b, n, s, d]`` by its positions."""
+    """Rotate ``[b, n, s, d]`` by its positions, as many features as the tables have."""
     cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)
+    if cos.shape[-1] < x.shape[-1]:
+        rotated, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+        return torch.cat([rotate(rotated, rope, interleaved=interleaved), kept], dim=-1)
     if interleaved:
         x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     left, right = x.chunk(2, dim=-1)
@@ -302,10 +331,11 @@ class Mlp(nn.Module):
         return self.context.recomputed(self.flag, self._compute, x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        tp, sp = self.context.groups.tp, self.context.sp
-        gate, up = enter_and_project(self.context, x, self.gate_proj, self.up_proj)
-        out = self.down_proj(gated(self.context.shape.activation, gate, up))
-        return self.down_proj.add_bias(leave(out, tp, sp=sp))
+        context = self.context
+        gate, up = enter_and_project(context, x, self.gate_proj, self.up_proj)
+        out = gated(context.shape.activation, gate, up)
+        last = bool(context.layout.recompute & (Recompute.full | self.flag))
+        return project_and_leave(context, out, self.down_proj, last=last)
 
 
 def residual_std(context: Context) -> float:

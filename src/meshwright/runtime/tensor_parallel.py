@@ -26,13 +26,17 @@ from meshwright.runtime.collectives import (
     Pending,
     all_gather,
     all_reduce,
+    gather_blocks,
     own_block,
     reduce_scatter,
     start_all_reduce,
-    start_reduce_scatter,
+    start_scatter_blocks,
     start_sum,
 )
 from meshwright.runtime.groups import Group
+
+UNDIVIDED_BYTES = 2**19
+"""Up to here a sum that could travel while its second half is computed travels at once."""
 
 
 class _Pair(Function):
@@ -194,21 +198,50 @@ class Region:
     later: WeightGradients | None
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Write ``x @ weight.T + bias`` to ``out``."""
+    torch.mm(_rows(x), weight.T, out=_rows(out))
+    if bias is not None:
+        out += bias
+
+
+def _halves(x: Tensor) -> tuple[slice, ...]:
+    """Return the rows of two messages, or of one where a message costs as much as its bytes."""
+    half = len(x) // 2
+    if x.numel() * x.element_size() <= UNDIVIDED_BYTES or not half:
+        return (slice(0, len(x)),)
+    return slice(0, half), slice(half, len(x))
+
+
+def _new(like: Tensor, features: int) -> Tensor:
+    return like.new_empty((*like.shape[:-1], features))
+
+
 class _EnterLinear(Function):
     """Enter a region and multiply by several weights.
 
-    Backward computes the input gradient first; while that is summed over the ranks, the weight
-    gradients are computed (Megatron-LM's asynchronous gradient all-reduce, arXiv:2205.05198).
+    Forward multiplies the tokens that are here while the others arrive. Backward computes the
+    input gradient first; while that is summed over the ranks, the weight gradients are computed
+    (Megatron-LM's asynchronous gradient all-reduce, arXiv:2205.05198).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, region: Region, *parameters: Any) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         weights, biases = parameters[:count], parameters[count:]
-        whole = all_gather(x, region.group) if region.sp else x
+        whole, outs = x, ()
+        if region.sp and region.overlap:
+            whole = x.new_empty((len(x) * region.group.size, *x.shape[1:]))
+            outs = tuple(_new(whole, len(weight)) for weight in weights)
+            for rows in gather_blocks(x, region.group, whole):
+                for weight, bias, out in zip(weights, biases, outs, strict=True):
+                    _product(whole[rows], weight, bias, out[rows])
+        else:
+            whole = all_gather(x, region.group) if region.sp else x
+            outs = tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True))
         ctx.save_for_backward(whole, *weights)
         ctx.region, ctx.weights = region, weights
-        return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True))
+        return outs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,11 +250,7 @@ class _EnterLinear(Function):
         pending: Pending | None = None
         input_gradient: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            total = grads[0] @ weights[0]
-            for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                _rows(total).addmm_(_rows(grad), weight)
-            start = start_reduce_scatter if region.sp else start_all_reduce
-            pending = start(total, region.group)
+            pending = _start_input_gradient(x, grads, weights, region)
             if not region.overlap:
                 input_gradient, pending = pending.wait(), None
         _, _, *needed = ctx.needs_input_grad
@@ -238,6 +267,24 @@ class _EnterLinear(Function):
         return input_gradient, None, *of_weights, *of_biases
 
 
+def _start_input_gradient(
+    x: Tensor, grads: Sequence[Tensor], weights: Sequence[Tensor], region: Region
+) -> Pending:
+    """Begin to sum ``sum_i grads[i] @ weights[i]`` over the ranks, scattered with SP."""
+    total = x.new_empty(x.shape)
+
+    def fill(rows: slice) -> None:
+        part = _rows(total[rows])
+        torch.mm(_rows(grads[0][rows]), weights[0], out=part)
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            part.addmm_(_rows(grad[rows]), weight)
+
+    if region.sp:
+        return start_scatter_blocks(total, fill, region.group)
+    fill(slice(None))
+    return start_all_reduce(total, region.group)
+
+
 def enter_linear(
     x: Tensor, region: Region, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
@@ -246,6 +293,55 @@ def enter_linear(
         pairs = zip(weights, biases, strict=True)
         return tuple(linear(x, w, b, region.later) for w, b in pairs)
     return _EnterLinear.apply(x, region, *weights, *biases)
+
+
+class _LinearLeave(Function):
+    """Multiply by a weight and leave a region: what is computed travels while the rest is made.
+
+    Backward of sequence parallelism works on the tokens that are here while the others arrive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, region: Region) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.region, ctx.weight = region, weight
+        out = _new(x, len(weight))
+
+        def fill(rows: slice) -> None:
+            _product(x[rows], weight, None, out[rows])
+
+        if region.sp:
+            return start_scatter_blocks(out, fill, region.group).wait()
+        begun: list[Pending] = []
+        for rows in _halves(out):
+            fill(rows)
+            begun.append(start_all_reduce(out[rows], region.group))
+        for pending in begun:
+            pending.wait()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        region: Region = ctx.region
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, _ = ctx.needs_input_grad
+        if not region.sp:
+            whole, input_gradient = grad, grad @ weight if of_x else None
+        else:
+            whole = grad.new_empty((*x.shape[:-1], grad.shape[-1]))
+            input_gradient = x.new_empty(x.shape) if of_x else None
+            for rows in gather_blocks(grad, region.group, whole):
+                if input_gradient is not None:
+                    torch.mm(_rows(whole[rows]), weight, out=_rows(input_gradient[rows]))
+        product = _weight_gradient(ctx.weight, whole, x, region.later) if of_weight else None
+        return input_gradient, product, None
+
+
+def linear_leave(x: Tensor, weight: Tensor, region: Region) -> Tensor:
+    """Return ``x @ weight.T`` summed over the ranks of a region (and scattered with SP)."""
+    if region.overlap and region.group.size > 1:
+        return _LinearLeave.apply(x, weight, region)
+    return leave(linear(x, weight, None, region.later), region.group, sp=region.sp)
 
 
 def vocab_parallel_embedding(tokens: Tensor, table_Vh: Tensor, first_row: int) -> Tensor:
@@ -287,8 +383,9 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """Return the cross-entropy per token, ``[s, b]``, in float32 (float64 for float64 logits).
 
-    Over several ranks the logits are overwritten. Each rank holds the logits of ``num_rows`` words from ``first_row``; columns past ``num_rows``
+    Each rank holds the logits of ``num_rows`` words from ``first_row``; columns past ``num_rows``
     are padding. Two small all-reduces: the maximum; the sum of exponentials with the label's logit.
+    Over several ranks the logits are overwritten.
     Ref: Megatron-LM, arXiv:1909.08053, section 3.
     """
     if group.size == 1:
