@@ -79,13 +79,14 @@ def search(
     """
     began = time.perf_counter()
     report = progress or _silent
+    used = factors or factors_of(cluster)
     limit = min(capacity_bytes(cluster, job), max_memory_bytes or math.inf)
     report("enumerating", 0, 1)
-    candidates, tables = candidate_tables(model, cluster, job, space or Space())
+    candidates, tables = candidate_tables(model, cluster, job, space or Space(), used)
     legal = sum(map(num_rows, tables))
     if not legal:
         return Found([], [], None, candidates, 0, 0, 0, time.perf_counter() - began, limit)
-    parts = _priced_parts(model, cluster, job, tables, factors or factors_of(cluster))
+    parts = _priced_parts(model, cluster, job, tables, used)
     peak, bound = _bounds(parts, legal, report)
     report("sorting", 0, 1)
     fits = peak <= limit * (1.0 - BAND_FRACTION)

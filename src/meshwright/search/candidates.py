@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from meshwright.checks import Case, illegal
 from meshwright.cost.columns import Index
+from meshwright.cost.factors import Factors, factors_of
 from meshwright.describe.cluster import Cluster
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
@@ -23,28 +24,34 @@ from meshwright.parallel.layout import (
     Recompute,
     Zero,
     concatenate,
+    layout,
     num_rows,
     take,
 )
 from meshwright.search.pipelines import PipelineChoice, pipelines
+from meshwright.search.placements import work_of
 from meshwright.search.space import Space
 
 
 def candidate_tables(
-    model: Model, cluster: Cluster, job: Job, space: Space
+    model: Model, cluster: Cluster, job: Job, space: Space, factors: Factors | None = None
 ) -> tuple[int, list[Layouts]]:
     """Return (number of candidates, tables of the legal ones).
 
     A candidate is a combination whose degrees fill the cluster and whose batch divides.
     """
     inner = _inner_choices(model, cluster, job, space)
+    if not len(inner):
+        return 0, []
+    samples = _samples(cluster, inner)
+    works = work_of(model, cluster, job, samples, factors or factors_of(cluster))
     candidates = 0
     by_string: dict[str | None, list[Layouts]] = {}
-    for pipeline in pipelines(model, cluster, space):
+    for pipeline in pipelines(model, cluster, space, works):
         x = _rows(cluster, job, space, inner, pipeline)
         candidates += num_rows(x)
         if num_rows(x):
-            by_string.setdefault(pipeline.pipeline_layout, []).append(x)
+            by_string.setdefault(pipeline.hints.pipeline_layout, []).append(x)
     tables: list[Layouts] = []
     for parts in by_string.values():
         x = concatenate(parts)
@@ -84,6 +91,16 @@ def _inner_choices(model: Model, cluster: Cluster, job: Job, space: Space) -> In
             _recomputes(model, space),
         )
     return np.array(rows, dtype=np.int64).reshape(-1, len(_INNER))
+
+
+def _samples(cluster: Cluster, inner: Ints) -> list[Layout[int]]:
+    """Return layouts that show what the ends of a model weigh: the least and the most tp."""
+    tp, cp, ep, mbs = (inner[:, _INNER.index(k)] for k in ("tp", "cp", "ep", "mbs"))
+    near = int(ep[ep <= max(cluster.scale_up_domain, ep.min())].max())
+    return [
+        layout(tp=int(degree), cp=int(cp.min()), ep=near, mbs=int(mbs.min()))
+        for degree in sorted({tp.min(), tp.max()})
+    ]
 
 
 def _cp_comms(cp: int) -> list[CpComm]:
@@ -167,12 +184,14 @@ def _table(inner: Ints, dp: Ints, zero: Ints, replicate: Ints, pipeline: Pipelin
         "pp": pipeline.pp,
         "vpp": pipeline.vpp,
         "schedule": int(pipeline.schedule),
-        "account_for_embedding": pipeline.account,
-        "account_for_loss": pipeline.account,
+        "first": pipeline.hints.first,
+        "last": pipeline.hints.last,
+        "account_for_embedding": pipeline.hints.account_for_embedding,
+        "account_for_loss": pipeline.hints.account_for_loss,
     }
     # Views of one number: ``concatenate`` writes them out.
     values = {name: np.broadcast_to(np.int64(v), len(dp)) for name, v in fixed.items()}
     values |= {name: inner[:, k] for k, name in enumerate(_INNER)}
     values |= {"dp": dp, "zero": zero, "dp_replicate": replicate}
     columns: dict[str, Any] = values
-    return Layout[Ints](**columns, pipeline_layout=pipeline.pipeline_layout)
+    return Layout[Ints](**columns, pipeline_layout=pipeline.hints.pipeline_layout)

@@ -9,7 +9,7 @@ from meshwright.describe.cluster import Cluster
 from meshwright.describe.model import Model
 from meshwright.errors import divisors
 from meshwright.parallel.layout import Pipeline
-from meshwright.parallel.placement import balanced_layout
+from meshwright.search.placements import Hints, Work, hints_for, worth_trying
 from meshwright.search.space import Space
 
 MOST_CHUNKS = 10
@@ -19,20 +19,22 @@ little."""
 
 @dataclass(frozen=True)
 class PipelineChoice:
-    """Degrees, schedule and placement of a pipeline; ``account`` counts embedding and loss."""
+    """Degrees, schedule and placement of a pipeline."""
 
     pp: int
     vpp: int
     schedule: Pipeline
-    pipeline_layout: str | None
-    account: int
+    hints: Hints
 
 
-def pipelines(model: Model, cluster: Cluster, space: Space) -> Iterator[PipelineChoice]:
-    """Yield pipelines: degrees, schedule and a placement that splits the layers evenly.
+def pipelines(
+    model: Model, cluster: Cluster, space: Space, works: list[Work]
+) -> Iterator[PipelineChoice]:
+    """Yield pipelines: degrees, schedule and placement.
 
-    Layers that do not divide go by counting embedding and loss as layers where that divides, else
-    by a balanced layout string.
+    Layers that divide are split evenly (as are those that do with embedding and loss counted as
+    layers). Where they do not, or where an uneven split makes the slowest rank faster for one of
+    ``works``, the split that suits ``works`` is tried.
     """
     layers = model.num_layers
     degrees = [d for d in divisors(cluster.num_gpus) if d <= min(layers, 64)]
@@ -45,7 +47,8 @@ def pipelines(model: Model, cluster: Cluster, space: Space) -> Iterator[Pipeline
             if pp > 1 and vpp == 2:
                 schedules.append(Pipeline.zb_v)
             for schedule in space.choices("schedule", schedules):
-                yield from _placements(model, pp, vpp, Pipeline(schedule), space)
+                for hints in _placements(model, pp, vpp, Pipeline(schedule), works):
+                    yield PipelineChoice(pp, vpp, Pipeline(schedule), hints)
 
 
 def _chunks(layers: int, pp: int) -> list[int]:
@@ -58,13 +61,19 @@ def _chunks(layers: int, pp: int) -> list[int]:
 
 
 def _placements(
-    model: Model, pp: int, vpp: int, schedule: Pipeline, space: Space
-) -> Iterator[PipelineChoice]:
-    layers, stages = model.num_layers, pp * vpp
+    model: Model, pp: int, vpp: int, schedule: Pipeline, works: list[Work]
+) -> Iterator[Hints]:
+    layers, stages, mtp = model.num_layers, pp * vpp, len(model.mtp_layers)
+    even = None
     if layers % stages == 0:
-        yield PipelineChoice(pp, vpp, schedule, None, 0)
+        even = (layers // stages,) * stages
     elif (layers + 2) % stages == 0:
-        yield PipelineChoice(pp, vpp, schedule, None, 1)
-    elif len(model.mtp_layers) <= 1 or stages < layers:
-        text = balanced_layout(layers, stages, len(model.mtp_layers))
-        yield PipelineChoice(pp, vpp, schedule, text, 0)
+        each = (layers + 2) // stages
+        even = (each - 1, *(each,) * (stages - 2), each - 1)
+    if even is not None:
+        yield hints_for(even, pp, schedule, mtp)
+    if stages == 1 or (mtp > 1 and stages == layers):
+        return
+    uneven = worth_trying(works, even, pp, stages, schedule)
+    if uneven is not None:
+        yield hints_for(uneven, pp, schedule, mtp)
