@@ -31,7 +31,7 @@ from meshwright.runtime.legality import check_runnable
 from meshwright.runtime.optimizer import OptimizerSettings
 from meshwright.runtime.parameters import Box, initial_values
 from meshwright.runtime.pipeline_parallel import message_of
-from meshwright.runtime.shape import assumed_of, shape_of
+from meshwright.runtime.shape import Scores, assumed_of, shape_of
 from meshwright.runtime.tensor_parallel import WeightGradients, linear
 from meshwright.runtime.train_loop import learning_rate
 from meshwright.runtime.train_settings import TrainSettings
@@ -78,8 +78,8 @@ def test_attention_over_blocks_of_keys_merges_to_the_whole() -> None:
         torch.randn(2, n, 8, 16, dtype=torch.float64, generator=generator) for n in (4, 2, 2)
     )
     whole = attend(q, k, v, 0.25)
-    out, lse = block_forward(q[:, :, 4:], k[:, :, :4], v[:, :, :4], Sight(), 0.25)
-    own = block_forward(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], Sight(causal=True), 0.25)
+    out, lse = block_forward(q[:, :, 4:], k[:, :, :4], v[:, :, :4], Sight(), Scores(0.25))
+    own = block_forward(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], Sight(causal=True), Scores(0.25))
     merged, _ = merge(out, lse, *own)
     torch.testing.assert_close(merged, whole[:, :, 4:])
 
@@ -104,16 +104,17 @@ def test_masked_blocks_give_the_gradients_of_windowed_attention(window: int) -> 
     expected = torch.autograd.grad(whole, (q, k, v), grad)
     with torch.no_grad():
         sight = Sight(seen=visible(12, 12, 0, window, q.device))
-        out, lse = block_forward(q, k, v, sight, 0.25)
+        out, lse = block_forward(q, k, v, sight, Scores(0.25))
         torch.testing.assert_close(out, whole)
-        found = block_backward(grad, q, k, v, out, lse, sight, 0.25)
+        found = block_backward(grad, q, k, v, out, lse, sight, Scores(0.25))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
 def test_a_query_that_sees_nothing_of_a_block_takes_nothing_from_it() -> None:
     x = torch.ones(1, 1, 2, 4)
-    out, lse = block_forward(x, x, x, Sight(seen=torch.tensor([[True, False], [False] * 2])), 1.0)
+    seen = torch.tensor([[True, False], [False] * 2])
+    out, lse = block_forward(x, x, x, Sight(seen=seen), Scores(1.0))
     assert out[0, 0].tolist() == [[1.0] * 4, [0.0] * 4]
     assert lse[0, 0].tolist() == [4.0, -math.inf]
 

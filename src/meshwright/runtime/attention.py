@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meshwright.runtime.shape import Scores
+
 aten = torch.ops.aten
 
 
@@ -58,16 +60,17 @@ class Sight:
 
 
 def block_forward(
-    q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float
+    q: Tensor, k: Tensor, v: Tensor, sight: Sight, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     """Attend to one block of keys: output and log-sum-exp ``[b, n, q]`` of its scores.
 
     The flash kernel of the device, which wants heads of equal size (and on CUDA as many of K and V
-    as of Q); plain products where a mask cuts through the block. A query that sees nothing gets 0
-    and a log-sum-exp of minus infinity.
+    as of Q); plain products where a mask cuts through the block or scores are capped. A query that
+    sees nothing gets 0 and a log-sum-exp of minus infinity.
     """
-    if sight.seen is not None:
-        return _masked_forward(q, k, v, sight.seen, scale)
+    if sight.seen is not None or scores.cap:
+        return _plain_forward(q, k, v, sight, scores)
+    scale = scores.scale
     width, v = v.shape[-1], _padded(v, q.shape[-1])
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -89,16 +92,16 @@ def block_backward(
     out: Tensor,
     lse: Tensor,
     sight: Sight,
-    scale: float,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v from one block.
 
     ``out`` and ``lse`` are those of the whole row, over all blocks: then each block's gradient is
     exact and they add up.
     """
-    if sight.seen is not None:
-        return _masked_backward(grad, q, k, v, out, lse, sight.seen, scale)
-    width = v.shape[-1]
+    if sight.seen is not None or scores.cap:
+        return _plain_backward(grad, q, k, v, out, lse, sight, scores)
+    scale, width = scores.scale, v.shape[-1]
     grad, v, out = (_padded(x, q.shape[-1]) for x in (grad, v, out))
     if q.device.type == "cpu":
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -138,39 +141,52 @@ def _padded(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
+def _scored(q: Tensor, k: Tensor, sight: Sight, scores: Scores) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (q @ expand_heads(k, q.shape[1]).transpose(-1, -2)).to(wide) * scale
-    return scores.masked_fill(~seen, -torch.inf)
+    found = (q @ expand_heads(k, q.shape[1]).transpose(-1, -2)).to(wide) * scores.scale
+    if scores.cap:
+        found = scores.cap * (found / scores.cap).tanh()
+    seen = sight.seen
+    if sight.causal:
+        seen = visible(q.shape[2], k.shape[2], 0, k.shape[2], q.device)
+    return found if seen is None else found.masked_fill(~seen, -torch.inf)
 
 
-def _masked_forward(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float
+def _plain_forward(
+    q: Tensor, k: Tensor, v: Tensor, sight: Sight, scores: Scores
 ) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, seen, scale)
-    lse = scores.logsumexp(-1)
+    found = _scored(q, k, sight, scores)
+    lse = found.logsumexp(-1)
     # A row of minus infinities gives weights of 0, not of 0/0.
-    weights = (scores - lse.clamp_min(torch.finfo(lse.dtype).min).unsqueeze(-1)).exp()
+    weights = (found - lse.clamp_min(torch.finfo(lse.dtype).min).unsqueeze(-1)).exp()
     return weights.to(v.dtype) @ expand_heads(v, q.shape[1]), lse
 
 
-def _masked_backward(
+def _plain_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    seen: Tensor,
-    scale: float,
+    sight: Sight,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With P = exp(S - lse): dV = P^T dO, dS = P (dO V^T - sum(dO O)), dQ = dS K, dK = dS^T Q."""
+    """With P = exp(S - lse): dV = P^T dO, dS = P (dO V^T - sum(dO O)), dQ = dS K, dK = dS^T Q.
+
+    A cap multiplies dS by 1 - (S / cap)^2.
+    """
     heads, kv_heads = q.shape[1], k.shape[1]
-    weights = (_scores(q, k, seen, scale) - lse.unsqueeze(-1)).exp()
+    found = _scored(q, k, sight, scores)
+    weights = (found - lse.unsqueeze(-1)).exp()
     dv = weights.to(grad.dtype).transpose(-1, -2) @ grad
     of_weights = (grad @ expand_heads(v, heads).transpose(-1, -2)).to(weights.dtype)
     delta = (grad * out).to(weights.dtype).sum(-1, keepdim=True)
-    of_scores = (weights * (of_weights - delta) * scale).to(q.dtype)
+    of_scores = weights * (of_weights - delta) * scores.scale
+    if scores.cap:
+        # Where nothing is seen the score is minus infinity and the weight 0.
+        of_scores = of_scores * (1 - (found / scores.cap).clamp_min(-1.0).square())
+    of_scores = of_scores.to(q.dtype)
     dq = of_scores @ expand_heads(k, heads)
     dk = of_scores.transpose(-1, -2) @ q
     return dq, fold_heads(dk, kv_heads), fold_heads(dv, kv_heads)

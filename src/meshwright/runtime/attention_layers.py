@@ -106,7 +106,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return the branch's output for the tokens here; without ``rope`` they have no positions."""
+        """Return the branch's output for the tokens here; ``rope`` ``None``: nothing turns."""
         context = self.context
         q, k, v = enter_and_project(context, x, self.q_proj, self.k_proj, self.v_proj)
         if self.q_norm and self.k_norm and context.shape.qk_norm == "whole":

@@ -85,16 +85,18 @@ def recompute(function: Callable[..., Any], *args: Any) -> Any:
 class Microbatch:
     """One microbatch as one rank sees it; tensors ``[s, b]`` with this rank's positions.
 
-    ``mask`` is 1 where a token's loss counts. ``rope`` holds cos and sin ``[s, dim]``. ``mtp`` has,
-    per prediction depth, the shifted tokens, labels and mask. ``loss_scale`` is one over the
-    counted tokens of the global batch, ``mtp_scales`` the same per depth, ``aux_scale`` one over
-    its microbatches: gradients are then sums over microbatches and ranks.
+    ``mask`` is 1 where a token's loss counts. ``rope`` holds cos and sin ``[s, dim]``,
+    ``window_rope`` those of layers with a window. ``mtp`` has, per prediction depth, the shifted
+    tokens, labels and mask. ``loss_scale`` is one over the counted tokens of the global batch,
+    ``mtp_scales`` the same per depth, ``aux_scale`` one over its microbatches: gradients are then
+    sums over microbatches and ranks.
     """
 
     tokens: Tensor
     labels: Tensor
     mask: Tensor
     rope: tuple[Tensor, Tensor]
+    window_rope: tuple[Tensor, Tensor]
     mtp: tuple[tuple[Tensor, Tensor, Tensor], ...]
     loss_scale: float
     mtp_scales: tuple[float, ...]

@@ -33,6 +33,7 @@ from meshwright.runtime.attention import (
 )
 from meshwright.runtime.collectives import all_gather, reduce_scatter
 from meshwright.runtime.groups import Group
+from meshwright.runtime.shape import Scores
 
 
 def positions(seq_len: int, inner: Group, outer: Group) -> Tensor:
@@ -59,18 +60,31 @@ class ContextAttention:
     outer: Group
     overlap: bool = True
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scores: Scores,
+        window: int,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Return this rank's tokens of causal attention over the whole sequence.
 
         ``q`` is ``[b, n, s, d]`` with this rank's tokens; V may have fewer features than K.
+        ``sinks`` ``[n]`` are logits that every query sees beside its keys, and that bring nothing:
+        they take a part of the softmax (arXiv:2309.17453; learned ones: gpt-oss, arXiv:2508.10925).
         """
         if self.inner.size > 1:
             q, k, v = self._gather_tokens(q, k, v)
-        if self.outer.size == 1:
-            out = attend(q, k, v, scale, window)
+            if sinks is not None:
+                sinks = sinks.chunk(self.inner.size)[self.inner.index]
+        if self.outer.size == 1 and sinks is None and not scores.cap:
+            out = attend(q, k, v, scores.scale, window)
         else:
-            function = _GatheredAttention if self.comm == CpComm.all_gather else _RingAttention
-            out = function.apply(q, k, v, _How(scale, window, self.outer, self.overlap))
+            gathers = self.comm == CpComm.all_gather and self.outer.size > 1
+            function = _GatheredAttention if gathers else _RingAttention
+            out = function.apply(q, k, v, sinks, _How(scores, window, self.outer, self.overlap))
         return heads_to_tokens(out, self.inner) if self.inner.size > 1 else out
 
     def _gather_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +134,7 @@ def heads_to_tokens(x: Tensor, group: Group) -> Tensor:
 class _How:
     """How queries attend to the sequence of a ring."""
 
-    scale: float
+    scores: Scores
     window: int
     ring: Group
     overlap: bool
@@ -139,6 +153,22 @@ class _Accumulator:
         self.out[:, :, rows], self.lse[:, :, rows] = merge(
             self.out[:, :, rows], self.lse[:, :, rows], out, lse
         )
+
+    def add_sinks(self, sinks: Tensor | None) -> None:
+        """Join logits whose values are 0, one a head."""
+        if sinks is not None:
+            lse, sink = self.lse, sinks.to(self.lse.dtype)[:, None]
+            self.lse = torch.logaddexp(lse, sink)
+            self.out *= (lse - self.lse).exp().unsqueeze(-1)
+
+
+def _sinks_gradient(sinks: Tensor | None, grad: Tensor, out: Tensor, lse: Tensor) -> Tensor | None:
+    """Return -sum over queries of P (dO O): a sink's score has weight P and value 0."""
+    if sinks is None:
+        return None
+    weights = (sinks.to(lse.dtype)[:, None] - lse).exp()
+    delta = (grad * out).to(lse.dtype).sum(-1)
+    return -(weights * delta).sum((0, 2)).to(sinks.dtype)
 
 
 @dataclass(frozen=True)
@@ -159,6 +189,9 @@ def _ring_blocks(q: Tensor, other: int, how: _How) -> list[_Block]:
     mine, size, tokens = how.ring.index, how.ring.size, q.shape[2]
     half = tokens // 2
     first, second, everything = slice(0, half), slice(half, tokens), slice(0, tokens)
+    if how.window and size == 1:
+        whole = _windowed(everything, everything, 0, how.window, q)
+        return [] if whole is None else [whole]
     if how.window:
         pieces = ((first, mine), (second, 2 * size - 1 - mine))
         theirs = ((first, other), (second, 2 * size - 1 - other))
@@ -221,7 +254,9 @@ class _RingAttention(Function):
     """Ring attention with double buffering: the next K and V travel while one is worked on."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: _How
+    ) -> Tensor:
         group, total = how.ring, _Accumulator(q, v.shape[-1])
         ring = _Ring(group, how.overlap)
         kv = torch.cat([k, v], dim=-1)
@@ -231,17 +266,18 @@ class _RingAttention(Function):
             if step < group.size - 1:
                 arriving, handles = ring.start(kv)
             blocks = _ring_blocks(q, other, how)
-            _attend_blocks(total, q, *_halves(kv, k), blocks, how.scale)
+            _attend_blocks(total, q, *_halves(kv, k), blocks, how.scores)
             _wait(handles)
             kv = arriving
+        total.add_sinks(sinks)
         out = total.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, total.lse)
+        ctx.save_for_backward(q, k, v, sinks, out, total.lse)
         ctx.how = how
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         how: _How = ctx.how
         group, ring = how.ring, _Ring(how.ring, how.overlap)
         grad, features = grad.contiguous(), k.shape[-1]
@@ -257,7 +293,7 @@ class _RingAttention(Function):
                 arriving, handles = ring.start(kv)
             here = _Gradients(dq, torch.zeros_like(own) if step else own, features)
             blocks = _ring_blocks(q, other, how)
-            here.add(grad, q, *_halves(kv, k), out, lse, blocks, how.scale)
+            here.add(grad, q, *_halves(kv, k), out, lse, blocks, how.scores)
             _wait(handles)
             kv = arriving
             if step:
@@ -266,7 +302,8 @@ class _RingAttention(Function):
         _wait(travel_handles)
         own += travelling
         dk, dv = _halves(own, k)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        of_sinks = _sinks_gradient(sinks, grad, out, lse)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), of_sinks, None
 
 
 def _halves(kv: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,11 +312,13 @@ def _halves(kv: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attend_blocks(
-    total: _Accumulator, q: Tensor, k: Tensor, v: Tensor, blocks: list[_Block], scale: float
+    total: _Accumulator, q: Tensor, k: Tensor, v: Tensor, blocks: list[_Block], scores: Scores
 ) -> None:
     for block in blocks:
         rows, columns = block.rows, block.columns
-        found = block_forward(q[:, :, rows], k[:, :, columns], v[:, :, columns], block.sight, scale)
+        found = block_forward(
+            q[:, :, rows], k[:, :, columns], v[:, :, columns], block.sight, scores
+        )
         total.add(rows, *found)
 
 
@@ -300,7 +339,7 @@ class _Gradients:
         out: Tensor,
         lse: Tensor,
         blocks: list[_Block],
-        scale: float,
+        scores: Scores,
     ) -> None:
         """Add what some blocks contribute."""
         for block in blocks:
@@ -313,7 +352,7 @@ class _Gradients:
                 out[:, :, rows],
                 lse[:, :, rows],
                 block.sight,
-                scale,
+                scores,
             )
             self.q[:, :, rows] += dq
             self.kv[:, :, columns, : self.features] += dk
@@ -340,18 +379,21 @@ class _GatheredAttention(Function):
     """Attention to K and V gathered over the ring; what is kept is this rank's part of them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: _How
+    ) -> Tensor:
         total = _Accumulator(q, v.shape[-1])
         kv = _gather_sequence(torch.cat([k, v], dim=-1), how.ring)
-        _attend_blocks(total, q, *_halves(kv, k), _gathered_blocks(q, how), how.scale)
+        _attend_blocks(total, q, *_halves(kv, k), _gathered_blocks(q, how), how.scores)
+        total.add_sinks(sinks)
         out = total.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, total.lse)
+        ctx.save_for_backward(q, k, v, sinks, out, total.lse)
         ctx.how = how
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         how: _How = ctx.how
         kv = _gather_sequence(torch.cat([k, v], dim=-1), how.ring)
         found = _Gradients(
@@ -359,9 +401,10 @@ class _GatheredAttention(Function):
             torch.zeros(kv.shape, dtype=lse.dtype, device=q.device),
             k.shape[-1],
         )
-        found.add(grad, q, *_halves(kv, k), out, lse, _gathered_blocks(q, how), how.scale)
+        found.add(grad, q, *_halves(kv, k), out, lse, _gathered_blocks(q, how), how.scores)
         own = _scatter_sequence(found.kv.to(k.dtype), how.ring)
-        return found.q.to(q.dtype), *_halves(own, k), None
+        of_sinks = _sinks_gradient(sinks, grad, out, lse)
+        return found.q.to(q.dtype), *_halves(own, k), of_sinks, None
 
 
 def _gathered_blocks(q: Tensor, how: _How) -> list[_Block]:

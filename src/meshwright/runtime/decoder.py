@@ -29,20 +29,24 @@ from meshwright.runtime.tensor_parallel import (
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention and feed-forward branches on a residual stream."""
+    """One decoder layer: attention and feed-forward branches on a residual stream.
+
+    Norms stand before each branch, after it, or both (``sandwich``).
+    """
 
     def __init__(self, context: Context, name: str, number: int) -> None:
         super().__init__()
         shape = context.shape
         self.context, self.number = context, number
-        self.post = shape.norms == "post"
-        h = shape.hidden_size
-        if not self.post:
-            self.input_layernorm = RmsNorm(context, f"{name}.input_layernorm", h)
-        self.post_attention_layernorm = RmsNorm(context, f"{name}.post_attention_layernorm", h)
-        if self.post:
-            norm_name = f"{name}.post_feedforward_layernorm"
-            self.post_feedforward_layernorm = RmsNorm(context, norm_name, h)
+
+        def norm(part: str, wanted: bool) -> RmsNorm | None:
+            return RmsNorm(context, f"{name}.{part}", shape.hidden_size) if wanted else None
+
+        before, after = shape.norms != "post", shape.norms != "pre"
+        self.input_layernorm = norm("input_layernorm", before)
+        self.post_attention_layernorm = norm("post_attention_layernorm", wanted=True)
+        self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm", before and after)
+        self.post_feedforward_layernorm = norm("post_feedforward_layernorm", after)
         window = shape.window if number in shape.window_layers else 0
         self.self_attn = (
             LatentAttention(context, f"{name}.self_attn")
@@ -58,14 +62,26 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, batch: Microbatch) -> Tensor:
         """Return the residual stream after the layer."""
-        if self.post:
-            x = x + self.post_attention_layernorm(self.self_attn(x, batch.rope))
-            return x + self.post_feedforward_layernorm(self._feed_forward(x, batch))
-        recomputed = self.context.recomputed
-        normed = recomputed(Recompute.layernorm, self.input_layernorm, x)
-        x = x + self.self_attn(normed, batch.rope)
-        normed = recomputed(Recompute.layernorm, self.post_attention_layernorm, x)
-        return x + self._feed_forward(normed, batch)
+        normed, scale = self._normed, self.context.shape.residual_scale
+        after = self.context.shape.norms != "pre"
+        branch = self.self_attn(normed(self.input_layernorm, x), self._rope(batch))
+        if after and self.post_attention_layernorm is not None:
+            branch = self.post_attention_layernorm(branch)
+        x = x + (branch if scale == 1.0 else scale * branch)
+        before = self.pre_feedforward_layernorm if after else self.post_attention_layernorm
+        branch = self._feed_forward(normed(before, x), batch)
+        if self.post_feedforward_layernorm is not None:
+            branch = self.post_feedforward_layernorm(branch)
+        return x + (branch if scale == 1.0 else scale * branch)
+
+    def _normed(self, norm: RmsNorm | None, x: Tensor) -> Tensor:
+        return x if norm is None else self.context.recomputed(Recompute.layernorm, norm, x)
+
+    def _rope(self, batch: Microbatch) -> tuple[Tensor, Tensor] | None:
+        shape = self.context.shape
+        if self.number in shape.unrotated_layers:
+            return None
+        return batch.window_rope if self.number in shape.window_layers else batch.rope
 
     def _feed_forward(self, x: Tensor, batch: Microbatch) -> Tensor:
         if isinstance(self.mlp, Moe):
@@ -97,6 +113,10 @@ class Vocabulary(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the rows of ``[s, b]`` tokens, ``[s, b, h]`` (of this rank's tokens with SP)."""
         found = vocab_parallel_embedding(tokens, self.weight, self.first_row)
+        scale = self.context.shape.embedding_scale
+        if scale != 1.0:
+            # In the dtype of the run, as the published weights were trained.
+            found = found * torch.tensor(scale, dtype=found.dtype, device=found.device)
         return leave(found, self.context.groups.tp, sp=self.context.sp)
 
     def loss_sum(self, x: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -108,7 +128,13 @@ class Vocabulary(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of the words whose rows are here, for all tokens of the TP group."""
-        return enter_linear(x, self.context.region, [self.weight], [None])[0]
+        shape = self.context.shape
+        logits = enter_linear(x, self.context.region, [self.weight], [None])[0]
+        if shape.logit_scale != 1.0:
+            logits = logits * shape.logit_scale
+        if shape.logit_softcap:
+            logits = shape.logit_softcap * (logits / shape.logit_softcap).tanh()
+        return logits
 
 
 class MtpLayer(nn.Module):

@@ -109,8 +109,10 @@ class Engine:
         self.positions = positions(settings.seq_len, groups.cp_inner, groups.cp_outer).to(
             settings.device
         )
-        rotary = shape.mla.qk_rope_head_dim if shape.mla else shape.head_dim
-        self.rope = rope_tables(shape.rope, rotary, self.positions)
+        self.rope = rope_tables(shape.rope, shape.rotary_dim, self.positions)
+        self.window_rope = self.rope
+        if shape.window_rope is not None:
+            self.window_rope = rope_tables(shape.window_rope, shape.rotary_dim, self.positions)
 
     def _build_chunks(self, placed: Placement) -> list[Chunk]:
         context, pp = self.context, self.context.groups.pp
@@ -256,6 +258,7 @@ class Engine:
             labels=here(labels),
             mask=here(mask),
             rope=self.rope,
+            window_rope=self.window_rope,
             mtp=mtp,
             loss_scale=1.0 / counts[0],
             mtp_scales=tuple(1.0 / count for count in counts[1:]),

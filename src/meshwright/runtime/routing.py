@@ -10,6 +10,7 @@ features.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,12 @@ class Router(nn.Module):
             counted=first,
         )
         self.weight = parameter(box, (experts, h), context.dtype)
+        self.bias: ShardedParameter | None = None
+        if moe.router_bias:
+            of_logits = replace(
+                box, name=f"{name}.bias", shape=(experts,), offsets=(0,), init="zeros", decay=False
+            )
+            self.bias = parameter(of_logits, (experts,), context.dtype)
         self.correction_bias: ShardedParameter | None = None
         if moe.correction_bias:
             bias_box = Box(
@@ -93,7 +100,7 @@ class Router(nn.Module):
             logits = F.linear(x.to(at_least), self.weight.to(at_least))
             scores = logits.sigmoid()
         else:
-            logits = F.linear(x, self.weight).to(at_least)
+            logits = F.linear(x, self.weight, self.bias).to(at_least)
             scores = logits.softmax(dim=-1)
         chosen = self._choose(scores)
         weights = scores.gather(-1, chosen)

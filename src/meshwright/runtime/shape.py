@@ -25,7 +25,8 @@ class Rope:
 
     ``kind`` is Hugging Face's ``rope_type``: ``default``, ``linear``, ``llama3`` or ``yarn``; the
     other fields are that type's own. ``interleaved`` pairs features (2i, 2i+1), as DeepSeek's
-    checkpoints do, instead of (i, i + dim/2).
+    checkpoints do, instead of (i, i + dim/2). ``partial_factor`` is the part of a head's features
+    that turns, the first of them.
     Refs: arXiv:2104.09864; yarn: arXiv:2309.00071.
     """
 
@@ -42,6 +43,18 @@ class Rope:
     mscale_all_dim: float = 0.0
     truncate: bool = True
     interleaved: bool = False
+    partial_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores come from products of Q and K: times ``scale``, then ``cap tanh(s / cap)``.
+
+    ``cap`` 0: not capped. Ref: Gemma 2, arXiv:2408.00118, section 2.
+    """
+
+    scale: float
+    cap: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +80,8 @@ class MoeShape:
     ``scoring`` turns router logits into scores; with ``num_groups`` > 1 only experts of the best
     ``topk_groups`` groups can be chosen, a group's score being its best expert (``max``) or the sum
     of its two best (``top2``). ``correction_bias`` shifts the choice but not the weights.
-    ``expert_bias``: the products of experts have biases. ``names`` is the naming of checkpoints.
+    ``router_bias`` and ``expert_bias`` are those of the router's logits and of the experts'
+    products. ``names`` is the naming of checkpoints.
 
     With ``capacity_factor`` > 0 an expert takes no more than its capacity (``capacity``), dropping
     the choices of least weight (``probs``) or the last ones (``position``); ``pad_to_capacity``
@@ -88,6 +102,7 @@ class MoeShape:
     topk_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
     correction_bias: bool = False
+    router_bias: bool = False
     expert_bias: bool = False
     capacity_factor: float = 0.0
     drop_policy: Literal["probs", "position"] = "probs"
@@ -105,8 +120,13 @@ class ModelShape:
 
     ``moe_layers`` are the layers with experts. ``qk_norm``: ``head`` normalises each head,
     ``whole`` all heads together. ``norms``: ``pre`` before each branch, ``post`` after it (OLMo
-    2). ``activation`` gates the feed-forward networks. ``window`` limits how far back a token
-    attends (0: no limit), on the layers in ``window_layers``. ``mtp_layers`` counts
+    2), ``sandwich`` both (Gemma 2); ``norm_offset`` keeps norm weights as what they are beyond 1.
+    ``activation`` gates the feed-forward networks. ``window`` limits how far back a token attends
+    (0: no limit), on the layers in ``window_layers``, which turn by ``window_rope`` if they have
+    their own; ``unrotated_layers`` do not turn at all. ``sinks`` adds a learned logit per head.
+    Scores are products times ``attention_scale`` (0: 1/sqrt(d)), capped by ``attention_softcap``;
+    logits are times ``logit_scale``, capped by ``logit_softcap``; embeddings and what branches add
+    are times ``embedding_scale`` and ``residual_scale``. ``mtp_layers`` counts
     multi-token-prediction depths (DeepSeek-V3, arXiv:2412.19437) whose loss is weighted by
     ``mtp_loss_coef``. With ``lora_rank`` > 0 all weights are frozen and every linear layer but
     experts, router and head learns a low-rank change ``lora_alpha / lora_rank * B A``
@@ -128,10 +148,20 @@ class ModelShape:
     mlp_bias: bool = False
     activation: Activation = "silu"
     qk_norm: Literal["", "head", "whole"] = ""
-    norms: Literal["pre", "post"] = "pre"
+    norms: Literal["pre", "post", "sandwich"] = "pre"
+    norm_offset: bool = False
     tie_word_embeddings: bool = False
     window: int = 0
     window_layers: tuple[int, ...] = ()
+    window_rope: Rope | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    sinks: bool = False
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
     initializer_range: float = 0.02
     moe: MoeShape | None = None
     moe_layers: tuple[int, ...] = ()
@@ -142,13 +172,20 @@ class ModelShape:
     lora_alpha: float = 16.0
 
     @property
-    def softmax_scale(self) -> float:
-        """What scores are multiplied by: 1/sqrt(d), times yarn's mscale squared for DeepSeek."""
+    def rotary_dim(self) -> int:
+        """Features of a head that turn with the position."""
+        if self.mla:
+            return self.mla.qk_rope_head_dim
+        return int(self.head_dim * self.rope.partial_factor)
+
+    @property
+    def scores(self) -> Scores:
+        """How attention scores come from products; DeepSeek's yarn multiplies by mscale squared."""
         dim = self.mla.qk_head_dim if self.mla else self.head_dim
-        scale = dim**-0.5
+        scale = self.attention_scale or dim**-0.5
         if self.mla and self.rope.kind == "yarn" and self.rope.mscale_all_dim:
             scale *= yarn_mscale(self.rope.factor, self.rope.mscale_all_dim) ** 2
-        return scale
+        return Scores(scale, self.attention_softcap)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
