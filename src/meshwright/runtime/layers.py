@@ -21,6 +21,7 @@ from meshwright.parallel.layout import Recompute
 from meshwright.runtime.context import Context
 from meshwright.runtime.groups import Group
 from meshwright.runtime.parameters import Box, Partial, ShardedParameter, parameter
+from meshwright.runtime.pointwise import gated_product, rms_norm
 from meshwright.runtime.shape import Activation, Rope, yarn_mscale
 from meshwright.runtime.tensor_parallel import (
     enter,
@@ -219,7 +220,7 @@ class RmsNorm(nn.Module):
         """Return ``x / rms(x) * weight`` over the last dimension."""
         spread = self.over is not None and self.over.size > 1
         if not (spread or self.offset):
-            return F.rms_norm(x, (self.size,), self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps)
         wide = x if x.dtype == torch.float64 else x.float()
         if not spread:
             weight = self.weight.to(wide.dtype) + 1.0
@@ -302,10 +303,8 @@ def gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
     silu: SwiGLU, gelu_tanh: GeGLU (both arXiv:2002.05202). clamped_swish (gpt-oss,
     arXiv:2508.10925): ``g sigmoid(1.702 g) (u + 1)`` with g at most 7 and u within -7 and 7.
     """
-    if activation == "silu":
-        return F.silu(gate) * up
-    if activation == "gelu_tanh":
-        return F.gelu(gate, approximate="tanh") * up
+    if activation != "clamped_swish":
+        return gated_product(gate, up, activation)
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
