@@ -305,7 +305,7 @@ def test_a_resized_launch_keeps_every_argument_that_its_layout_does_not_change(
     """Law: what was given is given again; nothing is added."""
     source = tmp_path / "run.sh"
     source.write_text(LAUNCH)
-    text = resize(source, 16).files["run.sh"]
+    text = resize(source, 16, fresh=True).files["run.sh"]
     (tmp_path / "again.sh").write_text(text)
     before, after = (read_launch(tmp_path / name) for name in ("run.sh", "again.sh"))
     moved = {s for s in before.words if before.words[s] != after.words.get(s)}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from meshwright.frameworks.check import CheckResult
+    from meshwright.frameworks.resize import Resized
 
 Gpus = Annotated[
     int | None, typer.Option("--gpus", min=1, max=2**20, help="Processes; overrides the launch.")
@@ -150,8 +151,14 @@ def resize(
     launch: LaunchText,
     gpus: Annotated[int, typer.Option("--gpus", min=1, max=2**20, help="GPUs to move to.")],
     output: Annotated[
-        str | None, typer.Option("-o", "--output", help="Write the script to this file.")
+        str | None, typer.Option("-o", "--output", help="Write the launch to this file.")
     ] = None,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Show what changes in the file, and nothing else.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Write a new script instead of editing the launch.")
+    ] = False,
     launcher: LauncherName = "torchrun",
     framework: FrameworkName = None,
     model: ModelText = None,
@@ -161,7 +168,7 @@ def resize(
     from meshwright.frameworks import resize as resizing
 
     moved = resizing.resize(
-        source_of(launch), gpus, framework=framework, model=model, launcher=launcher
+        source_of(launch), gpus, framework=framework, model=model, launcher=launcher, fresh=fresh
     )
     if output is not None:
         path = Path(output)
@@ -171,14 +178,25 @@ def resize(
     if json:
         print_json(moved.to_dict())
         return
+    _tell_resized(moved)
+    if diff:
+        typer.echo(moved.diff, nl=False)
+    elif output is None:
+        _show_files(moved.files)
+
+
+def _tell_resized(moved: Resized) -> None:
     for name, (before, after) in moved.changes.items():
         typer.echo(f"{name}: {before} -> {after}", err=True)
     for line in moved.kept:
         typer.echo(f"kept: {line}", err=True)
     for line in moved.notes:
         typer.echo(f"note: {line}", err=True)
-    if output is None:
-        _show_files(moved.files)
+    if moved.by_hand:
+        typer.echo("The launch cannot be edited safely: a new script is written.", err=True)
+        typer.echo("To keep your file, change in it:", err=True)
+        for line in moved.by_hand:
+            typer.echo(f"  {line}", err=True)
 
 
 def _show_terms(

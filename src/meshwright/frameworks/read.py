@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Final, Literal
@@ -74,6 +74,7 @@ _NOT_LAUNCHERS: Final = frozenset(
         *("echo", "printf", "cat", "cp", "mv", "rm", "ls", "cd", "mkdir", "chmod", "tee", "sed"),
         *("grep", "awk", "head", "tail", "git", "pip", "set", "exit", "wait", "sleep", "module"),
         *("rsync", "scp", "touch", "find", "which", "read", "trap", "ulimit", "tar", "wget"),
+        *(":", "true"),
     }
 )
 """Commands that name programs without starting them."""
@@ -133,8 +134,13 @@ def read_document(
     gpus: int | None = None,
     framework: str | None = None,
     env: Mapping[str, object] | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> Launch:
-    """Read a launch from the text of a file called ``name``; see ``read_launch``."""
+    """Read a launch from the text of a file called ``name``; see ``read_launch``.
+
+    ``beside`` are texts of the Python programs that it starts, by the names it gives them; others
+    are looked for in its folder.
+    """
     kind = _kind_of(text, name)
     if kind == "dump":
         from meshwright.frameworks.megatron_lm.read import read_dump
@@ -142,7 +148,8 @@ def read_document(
         reading = read_dump(text[: 8 * MAX_BYTES])
         return _launch("megatron-lm", reading, gpus or reading.gpus, {}, ())
     if kind == "shell":
-        return _from_script(parse(text), gpus, framework, env, Path(name).parent)
+        nearby = _Nearby(folder=Path(name).parent, texts=beside or {})
+        return _from_script(parse(text), gpus, framework, env, nearby)
     origin = Path(name).name
     if len(text) > MAX_BYTES:
         rule = f"A configuration has at most {MAX_BYTES} characters."
@@ -171,24 +178,26 @@ def _from_script(
     gpus: int | None,
     framework: str | None,
     env: Mapping[str, object] | None,
-    folder: Path | None = None,
+    nearby: _Nearby | None = None,
 ) -> Launch:
     around = sbatch_counts(script)
     found: list[tuple[Started, str]] = []
+    stated: list[tuple[Started, str]] = []
     unclear: LaunchError | None = None
     for command in script.commands:
         candidate = _candidate(command, around)
         if candidate is None:
             continue
         try:
-            overrides = [*_beside(candidate, folder), *_overrides(candidate)]
+            overrides = [*_beside(candidate, nearby), *_overrides(candidate)]
             named = _framework_of(candidate.program.text, candidate.args, overrides)
             found.append((candidate, framework or named))
         except LaunchError as error:
             if framework is not None and len(candidate.args) > 0:
-                found.append((candidate, framework))
+                stated.append((candidate, framework))
             elif len(error.remedy) and error.value:
                 unclear = unclear or error
+    found = found or stated
     if not found:
         raise _submitted(script) or unclear or _nothing_started()
     chosen, name = found[0]
@@ -197,16 +206,16 @@ def _from_script(
         raise DocumentError("launch", chosen.program.text[:80], rule, "Give the launch itself.")
     more = [f"line {s.line} also starts {s.program.text}; not read" for s, _ in found[1:4]]
     unread = (*script.unread, *chosen.unread, *more)
-    stated = gpus or chosen.counts.total or None
+    world = gpus or chosen.counts.total or None
     outside = {k: v for k, v in (env or {}).items() if isinstance(v, str) and "." not in k}
     environment = {**outside, **chosen.env}
     if name == "megatron-lm":
         from meshwright.frameworks.megatron_lm.read import read
 
-        reading = read(chosen.args, stated, {**environment, **(env or {})})
-        launch = _launch(name, reading, stated, environment, unread)
+        reading = read(chosen.args, world, {**environment, **(env or {})})
+        launch = _launch(name, reading, world, environment, unread)
     else:
-        beside = _beside(chosen, folder)
+        beside = _beside(chosen, nearby)
         overrides = [*beside, *_overrides(chosen)]
         launch = _read_overrides(name, overrides, chosen, gpus, environment, env, unread)
         launch = replace(launch, given=tuple(map(_as_word, beside)))
@@ -279,17 +288,28 @@ def _overrides(candidate: Started) -> list[Override]:
     return found
 
 
-def _beside(candidate: Started, folder: Path | None) -> list[Override]:
+@dataclass(frozen=True, kw_only=True)
+class _Nearby:
+    """Where the programs of a script are found: texts at hand, else files of its folder."""
+
+    folder: Path
+    texts: Mapping[str, str]
+
+
+def _beside(candidate: Started, nearby: _Nearby | None) -> list[Override]:
     """Return the settings of the Python program that stands beside a script, read as data."""
     name = candidate.program.text
-    if folder is None or not name.endswith(".py") or candidate.program.unknown:
-        return []
-    path = folder / name
-    if len(name) > 255 or not path.is_file() or path.stat().st_size > MAX_BYTES:
+    if nearby is None or not name.endswith(".py") or candidate.program.unknown:
         return []
     try:
-        return paths.from_python(read_text(path), path.name)
-    except DocumentError:
+        text = nearby.texts.get(name)
+        if text is None:
+            path = nearby.folder / name
+            if len(name) > 255 or not path.is_file() or path.stat().st_size > MAX_BYTES:
+                return []
+            text = read_text(path)
+        return paths.from_python(text, name.rpartition("/")[2])
+    except (DocumentError, OSError, ValueError):
         return []
 
 

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
+import difflib
+import math
+import re
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from meshwright.checks import Case, illegal
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
-from meshwright.errors import LaunchError, LayoutError, divisors
+from meshwright.errors import LaunchError, MeshwrightError
 from meshwright.frameworks.check import CheckResult, check
 from meshwright.frameworks.convert import Known, carried_to, known_of
+from meshwright.frameworks.in_place import Wanted, edit
+from meshwright.frameworks.launch import Launch
+from meshwright.frameworks.nearest import nearest_legal
+from meshwright.frameworks.read import read_document, read_text
+from meshwright.frameworks.saved import load_saved
+from meshwright.frameworks.shell_words import MAX_BYTES
 from meshwright.frameworks.write import launch_files
-from meshwright.parallel.layout import (
-    Layout,
-    Layouts,
-    Pipeline,
-    row,
-    table,
-    take,
-    to_dict,
-    with_columns,
-)
-
-_WEIGHTS: Final = {"tp": 1.2, "pp": 1.1, "cp": 1.0, "ep": 0.9, "etp": 0.9, "vpp": 0.3, "mbs": 0.2}
-"""What doubling or halving a choice costs: TP is given up last, the micro batch first."""
+from meshwright.parallel.layout import CpComm, Layout, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resized:
-    """A launch on another number of GPUs: what changed, what did not, and its files."""
+    """A launch on another number of GPUs: what changed, what did not, and its files.
+
+    ``in_place``: the files are those that were read, with numbers changed; ``diff`` shows them.
+    Else they were written anew, and ``by_hand`` says what in the launch could not be edited and
+    which value belongs there.
+    """
 
     read: CheckResult
     before: Layout[int]
@@ -44,6 +43,9 @@ class Resized:
     kept: list[str]
     notes: list[str]
     files: dict[str, str]
+    in_place: bool
+    diff: str
+    by_hand: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the command line."""
@@ -56,6 +58,9 @@ class Resized:
             "kept": self.kept,
             "notes": self.notes,
             "files": self.files,
+            "in_place": self.in_place,
+            "diff": self.diff,
+            "by_hand": self.by_hand,
         }
 
 
@@ -66,27 +71,28 @@ def resize(
     framework: str | None = None,
     model: str | None = None,
     launcher: str = "torchrun",
+    fresh: bool = False,
 ) -> Resized:
     """Move a launch to ``gpus`` GPUs with its batch kept.
 
     Sequences a step, sequence length and precision stay, and with them learning rate and tokens.
     Where the degrees cannot stay, the nearest legal ones are taken.
 
-    What the launch says besides (data, tokenizer, optimizer, logging, flags of its own) is kept.
+    The launch's own file is edited: numbers change where they stand, everything else stays as it
+    is. Where that is not possible, or when ``fresh``, a script for ``launcher`` is written anew; it
+    keeps what the launch says besides (data, tokenizer, optimizer, logging, flags of its own).
 
     Raises ``LayoutError`` when no legal layout of the job exists on that many GPUs, and
-    ``LaunchError`` for SkyRL's RL trainer, which is not written.
+    ``LaunchError`` for SkyRL's RL trainer where it has to be written anew.
     """
     read = check(source, framework=framework)
-    if read.launch.framework == "skyrl" and read.launch.words.get("rl_trainer"):
-        rule = "What is written for SkyRL is its SFT trainer; this launch starts the RL trainer."
-        remedy = "Change placement and degrees in the launch itself, and check it."
-        raise LaunchError("launch", read.launch.program, rule, remedy)
     known = known_of(read, model)
     layout = nearest_legal(known.model, known.job, known.layout, gpus)
-    name = read.launch.framework
-    carried = carried_to(read, known, name)
-    files = launch_files(known.model, None, known.job, layout, name, launcher, carried)
+    made = _Made() if fresh else _in_place(source, read, known, layout)
+    if not made.files:
+        files, lost = _anew(read, known, layout, launcher, made.by_hand)
+        notes = [f"not carried: {line}" for line in lost]
+        made = replace(made, files=files, notes=notes)
     return Resized(
         read=read,
         before=known.layout,
@@ -96,10 +102,161 @@ def resize(
         kept=_kept(known, layout),
         notes=[
             *notes_on(known.model, known.layout, layout),
-            *(f"not carried: {line}" for line in carried.lost),
+            *made.notes,
+            *(f"not read: {line}" for line in read.unread),
         ],
-        files=files,
+        files=made.files,
+        in_place=made.in_place,
+        diff=made.diff,
+        by_hand=made.by_hand,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """Files of a resized launch; none where it could not be edited."""
+
+    files: dict[str, str] = field(default_factory=dict[str, str])
+    in_place: bool = False
+    diff: str = ""
+    by_hand: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])
+
+
+def _in_place(
+    source: str | Path | Sequence[str], read: CheckResult, known: Known, layout: Layout[int]
+) -> _Made:
+    """Edit the launch itself; ``by_hand`` of the result says where that is not possible."""
+    texts = texts_of(source)
+    if texts is None:
+        return _Made()
+    per_node = _per_node(read.launch.gpus_per_node, layout.world_size)
+    wanted = Wanted(layout=layout, job=known.job, gpus_per_node=per_node)
+    edited = edit(texts, read.launch, known.layout, wanted)
+    by_hand = edited.by_hand or _unlike(edited.files, read, known, layout)
+    if by_hand:
+        return _Made(by_hand=by_hand)
+    notes = _about_nodes(read.launch, layout.world_size, per_node, edited.files)
+    notes += [f"moves along: {line}" for line in edited.also]
+    return _Made(files=edited.files, in_place=True, diff=_diff(texts, edited.files), notes=notes)
+
+
+def _anew(
+    read: CheckResult, known: Known, layout: Layout[int], launcher: str, by_hand: Sequence[str]
+) -> tuple[dict[str, str], Sequence[str]]:
+    """Return the files of a launch that is written again, and what they do not carry."""
+    name = read.launch.framework
+    if name == "skyrl" and read.launch.words.get("rl_trainer"):
+        rule = "What is written for SkyRL is its SFT trainer; this launch starts the RL trainer."
+        remedy = "; ".join(by_hand) or "Leave --fresh out: the launch itself is edited."
+        raise LaunchError("launch", read.launch.program, rule, remedy)
+    carried = carried_to(read, known, name)
+    return launch_files(known.model, None, known.job, layout, name, launcher, carried), carried.lost
+
+
+def texts_of(source: str | Path | Sequence[str]) -> dict[str, str] | None:
+    """Return the texts of a launch, its script first, or None where there is none to edit.
+
+    Python programs beside a script belong to it. A command becomes one line; a log or a plan
+    document is no launch that could be edited.
+    """
+    if not isinstance(source, str | Path):
+        return {"command.sh": shlex.join(source) + "\n"}
+    path = Path(source)
+    text = read_text(path)
+    if re.search(r"-{4,} arguments -{4,}", text) or load_saved(source) is not None:
+        return None
+    texts = {str(path): text}
+    if path.suffix.lower() not in (".yaml", ".yml", ".json", ".toml", ".py"):
+        for name in dict.fromkeys(re.findall(r"(?<![\w./-])[\w./-]{1,200}\.py\b", text)):
+            beside = path.parent / name
+            if beside.is_file() and beside.stat().st_size < MAX_BYTES:
+                texts[name] = read_text(beside)
+    return texts
+
+
+def _unlike(
+    files: dict[str, str], read: CheckResult, known: Known, layout: Layout[int]
+) -> list[str]:
+    """Return what the edited files still say otherwise than wanted, by field."""
+    name, *rest = files
+    world = layout.world_size
+    beside = {n: files[n] for n in rest}
+    framework = read.launch.framework
+    again = read_document(files[name], name, gpus=world, framework=framework, beside=beside)
+    try:
+        x = again.layout(world)
+        job = again.job(x)
+    except MeshwrightError as error:
+        return [str(error)]
+    a, b = to_dict(plain(x)), to_dict(plain(layout))
+    found = [f"{k}: {a.get(k)} -> {b.get(k)}" for k in {**a, **b} if a.get(k) != b.get(k)]
+    if (job.gbs, job.seq_len) != (known.job.gbs, known.job.seq_len):
+        found.append(f"global batch: {job.gbs} -> {known.job.gbs}")
+    return found
+
+
+def plain(x: Layout[int]) -> Layout[int]:
+    """Return the layout without a communication of context parallelism that it has not."""
+    return replace(x, cp_comm=CpComm.p2p) if x.cp == 1 else x
+
+
+def _per_node(before: int | None, gpus: int) -> int:
+    """Return the GPUs of a node: as many as before, or the most that divide both numbers."""
+    if not before:
+        return 0
+    return gpus if gpus < before else math.gcd(gpus, before)
+
+
+def _diff(before: dict[str, str], after: dict[str, str]) -> str:
+    return "".join(
+        line
+        for name, text in before.items()
+        for line in difflib.unified_diff(
+            text.splitlines(keepends=True),
+            after[name].splitlines(keepends=True),
+            name,
+            name,
+            n=1,
+        )
+    )
+
+
+def _about_nodes(launch: Launch, gpus: int, per_node: int, files: dict[str, str]) -> list[str]:
+    """Return what a person has to see to: where processes start is not always in the launch."""
+    if launch.gpus is None:
+        return [f"The launch does not say how many processes it starts: start {gpus}."]
+    before = -(-launch.gpus // (launch.gpus_per_node or launch.gpus))
+    nodes = gpus // (per_node or gpus)
+    text = next(iter(files.values()))
+    found: list[str] = []
+    if before == 1 < nodes and "srun" not in text and not launch.words.get("rl_trainer"):
+        found.append(
+            f"It ran on one node and needs {nodes}: start it on every node, with the node's rank"
+            " and the first node's address."
+        )
+    if nodes > 1 and "--standalone" in text:
+        found.append("--standalone holds torchrun to one node: give a rendezvous instead.")
+    if before != nodes and re.search(r"(?m)^#SBATCH.*\s(--nodelist|-w)\b", text):
+        found.append(f"#SBATCH --nodelist names nodes: it has to name {nodes}.")
+    old = {str(launch.gpus), str(before), str(launch.gpus_per_node)}
+    return found + _stale(files, old - {str(gpus), str(nodes), str(per_node)})
+
+
+_COUNTS: Final = re.compile(r"(?i)\b\w*(world_?size|gpus|nodes|devices)\w*\s*[=:]\s*[\"']?(\d+)\b")
+
+
+def _stale(files: dict[str, str], old: set[str]) -> list[str]:
+    """Return lines that still name an old number of GPUs or nodes, which no setting depends on."""
+    return [
+        f"{Path(name).name} line {number} still says {match.group().strip()}; nothing that was read"
+        " depends on it."
+        for name, text in files.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if not re.match(r"\s*#(?!SBATCH)", line)
+        for match in _COUNTS.finditer(line)
+        if match[2] in old and match[2] != "1"
+    ][:8]
 
 
 def _changes(before: Layout[int], after: Layout[int]) -> dict[str, tuple[object, object]]:
@@ -147,89 +304,3 @@ def padded_vocabulary(vocab_size: int, tp: int, divisor: int = 128) -> int:
     """Return the vocabulary rounded up to a multiple of ``divisor*tp``, as Megatron pads it."""
     unit = divisor * tp
     return -(-vocab_size // unit) * unit
-
-
-def nearest_legal(model: Model, job: Job, x: Layout[int], gpus: int) -> Layout[int]:
-    """Return the legal layout on ``gpus`` GPUs that is nearest to ``x``, counted in doublings.
-
-    Raises ``LayoutError`` when there is none.
-    """
-    best: tuple[float, Layout[int]] | None = None
-    for candidates in _candidates(model, job, x, gpus):
-        legal = take(candidates, ~illegal(Case(model=model, job=job, x=candidates)))
-        if not len(legal.tp):
-            continue
-        away = np.zeros(len(legal.tp))
-        for name, weight in _WEIGHTS.items():
-            away += weight * np.abs(np.log2(getattr(legal, name) / getattr(x, name)))
-        at = int(np.argmin(away))
-        if best is None or float(away[at]) < best[0]:
-            best = float(away[at]), row(legal, at)
-    if best is None:
-        rule = f"No layout of {model.name} with {job.gbs} sequences a step is legal on that many."
-        near = [n for n in _near_sizes(gpus, x) if _exists(model, job, x, n)]
-        remedy = f"Use {' or '.join(map(str, near))} GPUs." if near else "Use another number."
-        raise LayoutError("gpus", gpus, rule, remedy)
-    return best[1]
-
-
-def _near_sizes(gpus: int, x: Layout[int]) -> list[int]:
-    unit = x.tp * x.cp * x.pp
-    below = 1 << max(gpus.bit_length() - 1, 0)
-    sizes = {below, 2 * below, gpus // unit * unit, (gpus // unit + 1) * unit}
-    return sorted(s for s in sizes if s >= 1 and s != gpus)[:3]
-
-
-def _exists(model: Model, job: Job, x: Layout[int], gpus: int) -> bool:
-    tables = _candidates(model, job, x, gpus)
-    return any(not illegal(Case(model=model, job=job, x=t)).all() for t in tables if len(t.tp))
-
-
-def _candidates(model: Model, job: Job, x: Layout[int], gpus: int) -> list[Layouts]:
-    """Return the layouts around ``x`` on ``gpus`` GPUs.
-
-    A stated placement of layers holds for its own pipeline only: elsewhere it is left out.
-    """
-    sizes = divisors(gpus)
-    degrees = {
-        "tp": [d for d in sizes if d <= max(8, x.tp)],
-        "pp": [d for d in sizes if d <= min(model.num_layers + 2, 64)],
-        "cp": [d for d in sizes if d <= max(8, x.cp)],
-        "ep": divisors(model.num_experts) if model.is_moe else [1],
-        "etp": sorted({1, x.etp}),
-        "vpp": sorted({1, x.vpp, max(x.vpp // 2, 1), 2 * x.vpp} if x.vpp > 1 else {1}),
-        "mbs": sorted({1, x.mbs, max(x.mbs // 2, 1)}),
-    }
-    rows = np.array(list(itertools.product(*degrees.values())), dtype=np.int64)
-    columns = dict(zip(degrees, rows.T, strict=True))
-    unit = columns["tp"] * columns["pp"] * columns["cp"]
-    columns["dp"] = gpus // unit
-    batch = columns["mbs"] * np.maximum(columns["dp"], 1)
-    keep = (gpus % unit == 0) & (job.gbs % batch == 0)
-    keep &= (columns["vpp"] == 1) | (columns["pp"] > 1)
-    columns = {name: column[keep] for name, column in columns.items()}
-    same = (columns["pp"] == x.pp) & (columns["vpp"] == x.vpp)
-    free = replace(x, pipeline_layout=None, first=0, last=0, hierarchical_cp=None)
-    placed = x.pipeline_layout is not None or bool(x.first) or bool(x.last)
-    found = [_table(free, {n: c[~same | (not placed)] for n, c in columns.items()}, x)]
-    if placed:
-        found.append(_table(x, {n: c[same] for n, c in columns.items()}, x))
-    return found
-
-
-def _table(base: Layout[int], columns: dict[str, Any], x: Layout[int]) -> Layouts:
-    number = len(columns["tp"])
-    made = take(table([base]), np.zeros(number, dtype=np.int64))
-    plain = x.schedule in (Pipeline.one_f_one_b, Pipeline.interleaved)
-    schedule = np.where(columns["vpp"] > 1, int(Pipeline.interleaved), int(Pipeline.one_f_one_b))
-    replicate = np.where((columns["dp"] * columns["cp"]) % x.dp_replicate == 0, x.dp_replicate, 1)
-    cp_comm = np.where(columns["cp"] > 1, x.cp_comm, 0)
-    had_sp = bool(x.sp) or x.tp == 1
-    return with_columns(
-        made,
-        **columns,
-        sp=(columns["tp"] > 1) & had_sp,
-        schedule=schedule if plain else x.schedule,
-        dp_replicate=replicate,
-        cp_comm=cp_comm,
-    )

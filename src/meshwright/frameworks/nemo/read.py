@@ -105,7 +105,7 @@ def read(
     del env
     reading = Reading(argv=[f"{o.path}={o.value}" for o in found])
     known = {_path(path): override for path, override in by_path(found).items()}
-    reading.gpus = _world(known)
+    _read_world(reading, known)
     take(reading, known, NAMES)
     if "seq_length" not in reading.settings and "model.config.seq_length" in known:
         override = known["model.config.seq_length"]
@@ -139,12 +139,21 @@ def _path(path: str) -> str:
     return path
 
 
-def _world(known: Mapping[str, Override]) -> int | None:
-    sizes = [known[p].value for p in ("trainer.devices", "trainer.num_nodes") if p in known]
-    if "trainer.devices" not in known or not all(isinstance(s, int) and s > 0 for s in sizes):
-        return None
-    world = sizes[0] * (sizes[1] if len(sizes) > 1 else 1)
-    return world if world <= 2**20 else None
+_SIZES: Final = (
+    ("trainer.num_nodes", "trainer.devices"),
+    ("pretrain_recipe.num_nodes", "pretrain_recipe.num_gpus_per_node"),
+    ("finetune_recipe.num_nodes", "finetune_recipe.num_gpus_per_node"),
+)
+"""Where nodes and GPUs of a node are stated; what is assigned to the trainer comes last."""
+
+
+def _read_world(reading: Reading, known: Mapping[str, Override]) -> None:
+    for nodes, devices in _SIZES:
+        sizes = [known[path].value for path in (devices, nodes) if path in known]
+        if devices in known and all(isinstance(s, int) and 0 < s <= 2**20 for s in sizes):
+            reading.gpus_per_node = sizes[0]
+            reading.gpus = min(sizes[0] * (sizes[1] if len(sizes) > 1 else 1), 2**20)
+            return
 
 
 def _precision(reading: Reading, known: Mapping[str, Override]) -> None:
