@@ -327,10 +327,12 @@ def verify(
     model: str | None = None,
     dtype: str = "float32",
     timeout_s: float = 120.0,
+    switches: str = "",
 ) -> VerifyReport:
     """Run a layout on local processes against one process; needs ``meshwright[runtime]``.
 
     ``model`` gives the structure, made small; without it a small one that the layout can use.
+    ``switches`` is text such as ``"overlap_tp_comm=false"``, in the names of ``Execution``.
 
     Raises ``LayoutError`` before anything starts when the layout cannot run, ``LaunchError`` when
     a rank fails or ``timeout_s`` passes.
@@ -343,11 +345,14 @@ def verify(
         rule = "Running a layout needs PyTorch."
         remedy = "pip install 'meshwright[runtime]'"
         raise MeshwrightError("torch", None, rule, remedy) from None
+    from meshwright.runtime.switches import execution_from_text
+
+    execution = execution_from_text(switches)
     if model is None:
-        return verified(layout, dtype=dtype, timeout_s=timeout_s)
+        return verified(layout, dtype=dtype, timeout_s=timeout_s, execution=execution)
     from meshwright.runtime.shape import shape_of
 
-    return verified(layout, shape_of(load_model(model)), dtype, timeout_s)
+    return verified(layout, shape_of(load_model(model)), dtype, timeout_s, execution)
 
 
 def check_output(path: str) -> None:

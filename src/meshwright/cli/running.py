@@ -23,6 +23,9 @@ def verify(
     timeout: Annotated[
         float, typer.Option("--timeout", help="Seconds until a silent rank counts as dead.")
     ] = 120.0,
+    switches: Annotated[
+        str, typer.Option("--switches", help='What runs beside compute: "overlap_tp_comm=false".')
+    ] = "",
     json: AsJson = False,
 ) -> None:
     """Run a layout on local processes and prove it equal to one."""
@@ -30,7 +33,7 @@ def verify(
     from meshwright.cli.show import show_verified
     from meshwright.cli.text import print_json
 
-    report = api.verify(layout, model=model, dtype=dtype, timeout_s=timeout)
+    report = api.verify(layout, model=model, dtype=dtype, timeout_s=timeout, switches=switches)
     print_json(report.to_dict()) if json else show_verified(report)
     if not report.ok:
         raise typer.Exit(1)

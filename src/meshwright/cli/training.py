@@ -122,6 +122,9 @@ def train(
         str | None,
         typer.Option("--profile-steps", help="First and last step to trace.", show_default="3-5"),
     ] = None,
+    switches: Annotated[
+        str, typer.Option("--switches", help='What runs beside compute: "overlap_tp_comm=false".')
+    ] = "",
     timeout: Annotated[
         float, typer.Option("--timeout", help="Seconds until a silent rank counts as dead.")
     ] = 600.0,
@@ -142,6 +145,7 @@ def train(
     _require_torch()
     from meshwright.runtime.optimizer import OptimizerSettings
     from meshwright.runtime.shape import assumed_of, shape_of
+    from meshwright.runtime.switches import execution_from_text
     from meshwright.runtime.train import train as run
     from meshwright.runtime.train_settings import DataSettings, ProfileSettings, TrainSettings
 
@@ -155,6 +159,7 @@ def train(
             gbs=gbs,
             steps=steps,
             dtype=precision,
+            execution=execution_from_text(switches),
             seed=seed,
             data=DataSettings(
                 sources=tuple(data or ("mock",)),

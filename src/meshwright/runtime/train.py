@@ -117,6 +117,7 @@ def train_rank(rank: int, settings: TrainSettings) -> TrainReport:
             gbs=settings.gbs,
             dtype=DTYPES[settings.dtype],
             seed=settings.seed,
+            execution=settings.execution,
             optimizer=settings.optimizer,
             device=device,
         ),

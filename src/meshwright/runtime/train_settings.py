@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from meshwright.describe.job import Execution
 from meshwright.parallel.layout import Layout
 from meshwright.runtime.optimizer import OptimizerSettings
 from meshwright.runtime.shape import ModelShape
@@ -46,6 +47,7 @@ class ProfileSettings:
 class TrainSettings:
     """What to train and how. ``seq_len`` in tokens, ``gbs`` in sequences, folders as paths.
 
+    ``execution`` has the planner's switches of communication beside compute.
     ``valid_every`` steps the loss of ``valid_batches`` global batches of held-out data is computed
     (0: never). ``save_every`` 0 saves at the end alone. A run resumes from the newest whole
     checkpoint of ``checkpoints``. ``weights`` is a Hugging Face folder to start from,
@@ -60,6 +62,7 @@ class TrainSettings:
     gbs: int
     steps: int
     dtype: str = "fp32"
+    execution: Execution = field(default_factory=Execution)
     seed: int = 1234
     data: DataSettings = field(default_factory=DataSettings)
     valid_every: int = 0

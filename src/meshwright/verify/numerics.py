@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from meshwright.describe.job import Execution
 from meshwright.errors import LayoutError, did_you_mean
 from meshwright.parallel.layout import Layout, Zero, from_text, layout, to_dict
 from meshwright.runtime.engine import Engine, Settings
@@ -101,11 +102,13 @@ def verify(
     model: ModelShape | None = None,
     dtype: str = "float32",
     timeout_s: float = 120.0,
+    execution: Execution | None = None,
 ) -> VerifyReport:
     """Run 3 training steps of a small model under a layout and on one process, and compare.
 
     ``model`` gives the structure (``None``: a small one that the layout can use); its sizes are
-    made small. Every rank is a local process that talks by gloo.
+    made small. Every rank is a local process that talks by gloo. ``execution`` has the switches of
+    communication beside compute.
 
     Raises ``LayoutError`` before any process starts when the layout cannot run, ``LaunchError``
     naming rank and cause when a rank fails or ``timeout_s`` passes.
@@ -114,10 +117,13 @@ def verify(
     x = from_text(layout_given) if isinstance(layout_given, str) else layout_given
     case = prepare(x, model)
     check_dtype(dtype)
+    execution = execution or Execution()
     if x.recompute:
         # Checkpointing imports it at first use, 1.3 s: once here, not in every rank.
         importlib.import_module("torch._dynamo")
-    results = run_ranks(x.world_size, _run_rank, x, case, dtype, timeout_s=timeout_s, extra=1)
+    results = run_ranks(
+        x.world_size, _run_rank, x, case, dtype, execution, timeout_s=timeout_s, extra=1
+    )
     ranks, reference = cast("list[_RankResult]", results[:-1]), results[-1]
     return _report(x, case, dtype, ranks, cast("_RankResult", reference), start_s)
 
@@ -142,7 +148,9 @@ def check_dtype(dtype: str) -> None:
         raise LayoutError("dtype", dtype, "Unknown dtype.", did_you_mean(dtype, TOLERANCE))
 
 
-def _run_rank(rank: int, x: Layout[int], case: Case, dtype: str) -> _RankResult:
+def _run_rank(
+    rank: int, x: Layout[int], case: Case, dtype: str, execution: Execution
+) -> _RankResult:
     capacity_layout = x
     if rank >= x.world_size:
         x, rank = _one_process(x), 0
@@ -151,6 +159,7 @@ def _run_rank(rank: int, x: Layout[int], case: Case, dtype: str) -> _RankResult:
         gbs=case.gbs,
         dtype=torch.float64 if dtype == "float64" else torch.float32,
         noise=0.02,
+        execution=execution,
         capacity_layout=capacity_layout,
         optimizer=OptimizerSettings(lr=1e-3, clip_norm=0.1),
     )
