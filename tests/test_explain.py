@@ -12,9 +12,9 @@ from meshwright.cost.step import MEMORY_TERMS
 from meshwright.describe.cluster import load_cluster
 from meshwright.describe.job import Job
 from meshwright.errors import MeshwrightError
-from meshwright.parallel.layout import Layout, layout, layout_fields, to_text
+from meshwright.parallel.layout import Layout, layout, to_text
 from meshwright.plans import difference
-from strategies import Situation, dense_model, moe_model, situations_with_layout
+from strategies import Situation, dense_model, situations_with_layout
 
 MODEL = dense_model()
 CLUSTER = load_cluster("16xH100")
@@ -86,60 +86,3 @@ def test_differences_add_up_to_the_gap(
     assert sum(gap["memory"].values()) == pytest.approx(
         a.peak_bytes - b.peak_bytes, abs=1e-9 * max(a.peak_bytes, b.peak_bytes)
     )
-
-
-def test_why_not_changes_what_is_named_and_keeps_the_rest() -> None:
-    base = "tp=2 pp=2 mbs=2 recompute=full zero=optim_grads"
-    answer = api.why_not(MODEL, CLUSTER, JOB, base, "tp=4")
-    assert answer.other is not None
-    assert (answer.base.layout.tp, answer.other.layout.tp) == (2, 4)
-    for key in ("pp", "mbs", "recompute", "zero"):
-        assert getattr(answer.other.layout, key) == getattr(answer.base.layout, key)
-    assert answer.other.layout.dp == 2
-    told = answer.to_dict()
-    assert told["step_time_difference_s"] == pytest.approx(sum(answer.gap()["time"].values()))
-
-
-def test_why_not_the_same_is_no_difference() -> None:
-    answer = api.why_not(MODEL, CLUSTER, JOB, "tp=2 pp=2", "tp=2")
-    assert not any(answer.gap()["time"].values())
-    assert not any(answer.gap()["memory"].values())
-
-
-@pytest.mark.parametrize(
-    ("base", "change", "follows"),
-    [
-        ("tp=2", "tp=1", {"sp": "false"}),
-        ("tp=1", "tp=2", {"sp": "true"}),
-        ("pp=2 vpp=2", "vpp=1", {"schedule": "1f1b"}),
-        ("pp=2", "vpp=2", {"schedule": "interleaved"}),
-        ("pp=2 pipeline_layout=Et*7|t*9L", "pp=4", {}),
-    ],
-)
-def test_why_not_lets_follow_what_a_change_implies(
-    base: str, change: str, follows: dict[str, str]
-) -> None:
-    answer = api.why_not(MODEL, CLUSTER, JOB, base, change)
-    assert answer.other is not None
-    shown_fields = layout_fields(to_text(answer.other.layout))
-    assert shown_fields | follows == shown_fields
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [("tp=3", "layout.tp"), ("tp=32", "layout"), ("ep=2", "layout.ep"), ("mbs=128", "job.gbs")],
-)
-def test_why_not_an_illegal_layout_names_the_rule(change: str, field: str) -> None:
-    answer = api.why_not(MODEL, CLUSTER, JOB, "tp=2", change)
-    assert answer.other is None
-    assert answer.refused is not None
-    assert answer.refused.field.startswith(field)
-    assert answer.gap() == {"time": {}, "memory": {}}
-    assert answer.to_dict()["refused"]["remedy"]
-
-
-def test_why_not_of_a_mixture_of_experts_prices_experts() -> None:
-    answer = api.why_not(moe_model(), CLUSTER, JOB, "ep=1", "ep=8")
-    gap = answer.gap()
-    assert gap["time"]["ep_comm_s"] > 0
-    assert gap["memory"]["weights_bytes"] < 0

@@ -22,15 +22,15 @@ from meshwright.parallel.layout import (
     Layout,
     Pipeline,
     from_text,
-    layout_fields,
     to_dict,
-    to_text,
 )
 from meshwright.parallel.mesh import rank_groups
-from meshwright.plans import Plan, Plans, difference, estimate_plan
+from meshwright.plans import Plan, Plans, estimate_plan
 from meshwright.plans import plan as _plan
 from meshwright.search import Accepts, Progress, read_space
-from meshwright.units import format_bytes, format_s, parse
+from meshwright.units import parse
+from meshwright.why_not import WhyNot
+from meshwright.why_not import why_not as _why_not
 
 if TYPE_CHECKING:
     from meshwright.verify.numerics import VerifyReport
@@ -204,84 +204,16 @@ def _chosen(model: Model, cluster: Cluster, job: Job, layout: str | None) -> Pla
     return plans.plans[0]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WhyNot:
-    """Two layouts side by side: the one asked about against the one chosen.
-
-    ``refused`` says which rule forbids the other; then it has no price.
-    """
-
-    base: Plan
-    other: Plan | None
-    other_text: str
-    refused: LayoutError | None
-
-    def gap(self) -> dict[str, dict[str, float]]:
-        """Return term by term what the other costs more; the terms add up to the gap."""
-        if self.other is None:
-            return {"time": {}, "memory": {}}
-        return difference(self.other.estimate, self.base.estimate)
-
-    def verdict(self) -> str:
-        """Return in one sentence what the other costs."""
-        if self.other is None:
-            return f"It is not legal. {self.refused}"
-        a, b = self.other.estimate, self.base.estimate
-        slower, larger = a.step_time_s - b.step_time_s, a.peak_bytes - b.peak_bytes
-        text = (
-            f"What was asked takes {format_s(abs(slower))} ({abs(slower) / b.step_time_s:.1%}) "
-            f"{'longer' if slower >= 0 else 'less'} and needs {format_bytes(abs(larger))} "
-            f"{'more' if larger >= 0 else 'less'}"
-        )
-        return f"{text}; it {a.verdict}." if a.verdict != "borderline" else f"{text}; borderline."
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object of the command line."""
-        out: dict[str, Any] = {"base": self.base.to_dict(), "other_layout": self.other_text}
-        if self.refused is not None:
-            error = self.refused
-            return out | {
-                "refused": {
-                    "field": error.field,
-                    "value": error.value,
-                    "rule": error.rule,
-                    "remedy": error.remedy,
-                }
-            }
-        assert self.other is not None
-        a, b = self.other.estimate, self.base.estimate
-        return out | {
-            "other": self.other.to_dict(),
-            "verdict": self.verdict(),
-            "step_time_difference_s": a.step_time_s - b.step_time_s,
-            "peak_difference_bytes": a.peak_bytes - b.peak_bytes,
-            "difference": self.gap(),
-        }
-
-
 def why_not(model: Model, cluster: Cluster, job: Job, layout: str | None, change: str) -> WhyNot:
     """Return what ``change`` ("tp=8 pp=2") to a layout costs, or which rule forbids it.
 
-    Keys that the change leaves out stay; ``dp`` follows from the GPUs. Without ``layout`` the best
-    one is changed.
+    With ``layout``, nothing but the change where that is legal; without, the best layout with the
+    change against the best of all.
+
+    Raises ``LayoutError`` when the change cannot be read or the layout cannot be.
     """
     base = _chosen(model, cluster, job, layout)
-    kept = layout_fields(to_text(base.layout))
-    changed = layout_fields(change)
-    for derived in ("dp", "edp"):
-        kept.pop(derived, None)
-    if "tp" in changed:
-        kept.pop("sp", None)
-    if changed.keys() & {"pp", "vpp", "schedule"}:
-        # A pipeline is one choice: what hangs on the changed part follows it.
-        for follows in ("vpp", "schedule", "pipeline_layout", "microbatch_group_size"):
-            kept.pop(follows, None)
-    text = " ".join(f"{k}={v}" for k, v in {**kept, **changed}.items())
-    try:
-        other = estimate(model, cluster, job, text)
-    except LayoutError as error:
-        return WhyNot(base=base, other=None, other_text=text, refused=error)
-    return WhyNot(base=base, other=other, other_text=text, refused=None)
+    return _why_not(model, cluster, job, base, change, given=layout is not None)
 
 
 def ranks(gpus: int, layout: str = "") -> dict[str, list[list[int]]]:
@@ -350,7 +282,7 @@ def verify(
     execution = execution_from_text(switches)
     if model is None:
         return verified(layout, dtype=dtype, timeout_s=timeout_s, execution=execution)
-    from meshwright.runtime.shape import shape_of
+    from meshwright.runtime.read_shape import shape_of
 
     return verified(layout, shape_of(load_model(model)), dtype, timeout_s, execution)
 

@@ -15,7 +15,7 @@ from meshwright.cli.text import signed
 from meshwright.units import format_bytes, format_count, format_flops_per_s, format_s, format_value
 
 if TYPE_CHECKING:
-    from meshwright.api import Explained, WhyNot
+    from meshwright.api import Explained
     from meshwright.cost.detail import Estimate
     from meshwright.describe.cluster import Cluster
     from meshwright.describe.job import Job
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from meshwright.parallel.layout import Layout
     from meshwright.plans import Plan, Plans
     from meshwright.verify.numerics import VerifyReport
+    from meshwright.why_not import WhyNot
 
 _SHORT = {"activations_bytes": "activ.", "framework_bytes": "software"}
 """Headings that would be too wide for a terminal of 80 columns."""
@@ -124,16 +125,16 @@ def short_layout(x: Layout[int]) -> str:
     return " ".join(words)
 
 
-def _ranking(plans: Sequence[Plan]) -> Table:
+def _ranking(plans: Sequence[Plan], names: Sequence[str] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("#", justify="right")
+    table.add_column("" if names else "#", justify="left" if names else "right")
     table.add_column("layout", overflow="fold")
     for name in ("step", "tokens/s/GPU", "MFU", "peak", "margin", "fits?"):
         table.add_column(name, justify="right", no_wrap=True)
     for place, plan in enumerate(plans, 1):
         e = plan.estimate
         table.add_row(
-            str(place),
+            names[place - 1] if names else str(place),
             short_layout(plan.layout),
             format_s(e.step_time_s),
             f"{e.tokens_per_s_per_gpu:,.0f}",
@@ -321,31 +322,33 @@ def show_explanation(told: Explained) -> None:
 def show_why_not(answer: WhyNot) -> None:
     """Print two layouts side by side, the difference term by term."""
     out = console()
-    if answer.refused is not None:
-        out.print(f"asked: {answer.other_text}", markup=False, soft_wrap=True)
-        out.print(f"It is not legal. {answer.refused}", markup=False, soft_wrap=True)
-        return
-    assert answer.other is not None
-    out.print(_ranking([answer.base, answer.other]))
+    if answer.other is not None:
+        out.print(_ranking([answer.base, answer.other], ("chosen", "asked")))
+        out.print(_differences(answer, answer.other))
+    out.print(answer.verdict(), markup=False, soft_wrap=True)
+
+
+def _differences(answer: WhyNot, other: Plan) -> Table:
+    from meshwright.why_not import is_worth_telling
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("term")
-    for name in ("1 chosen", "2 asked", "change"):
+    for name in ("chosen", "asked", "change"):
         table.add_column(name, justify="right", no_wrap=True)
-    a, b = answer.base.estimate, answer.other.estimate
+    a, b = answer.base.estimate, other.estimate
     gap = answer.gap()
     for unit, formatter in (("time", format_s), ("memory", format_bytes)):
         first: dict[str, float] = getattr(a, unit)
         second: dict[str, float] = getattr(b, unit)
         for term, change in gap[unit].items():
-            if change:
+            if is_worth_telling(change, sum(first.values())):
                 cells = (formatter(first[term]), formatter(second[term]))
                 table.add_row(term, *cells, signed(change, formatter))
         total = sum(gap[unit].values())
         name = "step_time_s" if unit == "time" else "peak_bytes"
         cells = (formatter(sum(first.values())), formatter(sum(second.values())))
         table.add_row(f"[bold]{name}[/]", *cells, signed(total, formatter))
-    out.print(table)
-    out.print(answer.verdict(), soft_wrap=True)
+    return table
 
 
 def show_groups(groups: Mapping[str, Sequence[Sequence[int]]]) -> None:

@@ -7,9 +7,10 @@ ranks it.
 
 from meshwright.search.best_first import Accepts, Found, Progress, Ranked, search
 from meshwright.search.candidates import candidate_tables
-from meshwright.search.space import Space, read_space
+from meshwright.search.space import LIMITED, Space, read_space
 
 __all__ = [
+    "LIMITED",
     "Accepts",
     "Found",
     "Progress",

@@ -51,6 +51,8 @@ _NAMED: dict[str, type[Zero] | type[CpComm] | type[Pipeline]] = {
     "schedule": Pipeline,
 }
 _NUMBERS = ("tp", "cp", "dp", "pp", "vpp", "ep", "etp", "mbs", "dp_replicate")
+LIMITED = (*_NUMBERS, *_NAMED, "sp", "recompute")
+"""The keys of a layout that a search may be limited to values of."""
 
 
 def _read_values(key: str, value: str) -> tuple[int, ...]:
@@ -61,8 +63,7 @@ def _read_values(key: str, value: str) -> tuple[int, ...]:
     if key in _NAMED:
         return tuple(_named(key, v) for v in value.split(","))
     if key not in _NUMBERS:
-        known = (*_NUMBERS, *_NAMED, "sp", "recompute")
-        raise LayoutError("fix", key, "This key cannot be limited.", did_you_mean(key, known))
+        raise LayoutError("fix", key, "This key cannot be limited.", did_you_mean(key, LIMITED))
     low, dots, high = value.partition("..")
     try:
         ends = [int(v) for v in ((low, high) if dots else value.split(","))]

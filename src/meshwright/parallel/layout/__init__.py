@@ -20,7 +20,13 @@ from meshwright.parallel.layout.choices import (
 from meshwright.parallel.layout.fields import COLUMNS, DEFAULT_ORDER, Int, Ints, Layout, Layouts
 from meshwright.parallel.layout.make import check_world_size, layout, minimum_world_size
 from meshwright.parallel.layout.rows import concatenate, num_rows, row, table, take, with_columns
-from meshwright.parallel.layout.text import from_text, layout_fields, to_dict, to_text
+from meshwright.parallel.layout.text import (
+    from_text,
+    layout_fields,
+    read_fields,
+    to_dict,
+    to_text,
+)
 from meshwright.parallel.layout.values import whole_number, written
 
 __all__ = [
@@ -44,6 +50,7 @@ __all__ = [
     "layout_fields",
     "minimum_world_size",
     "num_rows",
+    "read_fields",
     "recompute_from_text",
     "recompute_to_text",
     "row",

@@ -59,6 +59,10 @@ def layout(
         if gpus is not None:
             check_world_size(gpus, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
     world = tp * cp * dp * pp
+    if gpus is not None and gpus % dp:
+        rule = f"Groups of dp have equal size, so it must divide the {gpus} GPUs."
+        near = " or ".join(f"dp={d}" for d in nearest_divisors(gpus, dp))
+        raise LayoutError("layout.dp", dp, rule, f"Leave dp out, or use {near}.")
     if gpus is not None and gpus != world:
         raise LayoutError(
             "layout.dp",

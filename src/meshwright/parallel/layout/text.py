@@ -66,7 +66,7 @@ def from_text(text: str, gpus: int | None = None) -> Layout[int]:
 
     Raises ``LayoutError`` naming the key, its value, the rule and the nearest legal spelling.
     """
-    values = {key: _read_value(key, value) for key, value in layout_fields(text).items()}
+    values = read_fields(text)
     edp = values.pop("edp", None)
     if "recompute" in values:
         values["recompute"], values["recompute_num_layers"] = values["recompute"]
@@ -79,6 +79,14 @@ def from_text(text: str, gpus: int | None = None) -> Layout[int]:
             f"Leave edp out, or use edp={made.edp}.",
         )
     return made
+
+
+def read_fields(text: str) -> dict[str, Any]:
+    """Return the keys of layout text and their values, read. Raises ``LayoutError`` on any other.
+
+    The values may contradict each other: no layout is made of them.
+    """
+    return {key: _read_value(key, value) for key, value in layout_fields(text).items()}
 
 
 def layout_fields(text: str) -> dict[str, str]:
