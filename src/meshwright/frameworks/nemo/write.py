@@ -55,28 +55,6 @@ TRAINING: Final = {
 }
 """Megatron-LM's name -> the keyword of the script's object."""
 
-FROM_DOCUMENTATION: Final = frozenset(
-    {
-        *("GPTConfig", "GPTModel", "PreTrainingDataModule", "FineTuningDataModule", "Trainer"),
-        *("MegatronStrategy", "MegatronMixedPrecision", "MegatronOptimizerModule", "LoRA"),
-        *("CosineAnnealingScheduler", "NeMoLogger", "ModelCheckpoint", "AutoResume"),
-        *("RestoreConfig", "AutoTokenizer", "OptimizerConfig", "DistributedDataParallelConfig"),
-        *("activation_func", "accelerator", "max_steps", "log_every_n_steps", "log_dir"),
-        *("limit_val_batches", "val_check_interval", "every_n_train_steps", "paths", "split"),
-        *("seed", "num_workers", "tokenizer", "dataset_root", "restore_config", "path", "dim"),
-        *("resume_if_exists", "resume_ignore_no_checkpoint", "warmup_steps", "min_lr", "lr"),
-        *("optimizer", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "lr_scheduler"),
-        *("config", "ckpt", "model", "data", "trainer", "log", "resume", "optim", "peft"),
-        *("plugins", "callbacks", "strategy", "ddp", "pipeline_dtype", "precision"),
-        *("layernorm_epsilon", "init_method_std", "attention_dropout", "rotary_base"),
-        *("hidden_dropout", "moe_z_loss_coeff", "qk_layernorm", "add_qkv_bias", "kv_channels"),
-        *("masked_softmax_fusion", "fine_grained_activation_offloading", "offload_modules"),
-        *("use_transformer_engine_op_fuser", "cpu_offloading_num_layers", "seq_length"),
-        *("global_batch_size", "micro_batch_size", "moe_enable_deepep", "save_ckpt_format"),
-    }
-)
-"""Names of the written script from NeMo's documentation, which no rule or table of ours holds."""
-
 
 def unsupported(target: Target) -> list[Finding]:
     """Return what NeMo 2 cannot express."""

@@ -66,20 +66,6 @@ TRAINING: Final = {
 }
 """Megatron-LM's name -> the override of the SFT trainer."""
 
-FROM_DOCUMENTATION: Final = frozenset(
-    {
-        *("model.path", "dataset_name", "num_steps", "seed", "ckpt_path", "ckpt_interval"),
-        *("eval_interval", "project_name", "run_name", "model.lora.rank"),
-        *("optimizer_config.lr", "optimizer_config.weight_decay"),
-        *("optimizer_config.num_warmup_steps", "optimizer_config.scheduler"),
-        "megatron_config.optimizer_config_kwargs.optimizer_cpu_offload",
-        "megatron_config.optimizer_config_kwargs.optimizer_offload_fraction",
-    }
-)
-"""Overrides from SkyRL's documentation, which no rule or table of ours holds. What goes through
-``transformer_config_kwargs`` is a field of Megatron Core's configuration and reaches it as it is.
-"""
-
 
 @cache
 def places() -> dict[str, Place]:

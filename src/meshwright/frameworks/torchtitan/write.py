@@ -52,17 +52,6 @@ TRAINING: Final = {
 }
 """Megatron-LM's name -> torchtitan's option; the lowest rate is a fraction of the rate there."""
 
-FROM_DOCUMENTATION: Final = frozenset(
-    {
-        *("hf_assets_path", "training.steps", "optimizer.lr", "optimizer.beta1"),
-        *("optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "checkpoint.folder"),
-        *("lr_scheduler.warmup_steps", "lr_scheduler.decay_type", "lr_scheduler.min_lr_factor"),
-        *("checkpoint.interval", "checkpoint.enable", "metrics.log_freq", "debug.seed"),
-        "activation_checkpoint.mode",
-    }
-)
-"""Options from torchtitan's documentation, which no rule or table of ours holds."""
-
 
 @cache
 def places() -> dict[str, Place]:
@@ -152,8 +141,9 @@ def write(target: Target) -> Written:
         "training.num_tokens_per_microbatch_per_dp_rank": x.mbs * job.seq_len,
         "training.num_tokens_per_train_step": job.gbs * job.seq_len,
         "training.mixed_precision_param": "bfloat16" if job.precision.name == "bf16" else "float32",
-        "activation_checkpoint.mode": "full" if x.recompute else "none",
     }
+    if x.recompute:
+        options["activation_checkpoint.mode"] = "full"
     if job.execution.cuda_graphs == "none":
         options["training.disable_cuda_graphs"] = True
     if x.cp > 1:
@@ -189,11 +179,12 @@ def write(target: Target) -> Written:
 
 def _remarks(target: Target) -> list[str]:
     x, remarks = target.layout, list[str]()
-    if x.recompute:
-        remarks.append(
-            "Where the configuration chooses recomputation by a class, use FullAC there and leave"
-            " --activation_checkpoint.mode out."
-        )
+    remarks.append(
+        "Since 2026 the configuration chooses recomputation by a class: use FullAC there and leave"
+        " --activation_checkpoint.mode out."
+        if x.recompute
+        else "The configuration chooses recomputation: this layout needs none (no SelectiveAC)."
+    )
     switches = effective(target.job.execution, x, target.model.is_moe)
     usual = effective(Execution(), x, target.model.is_moe)
     for name in EXECUTION_FIELDS:

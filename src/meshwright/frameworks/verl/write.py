@@ -62,21 +62,6 @@ TRAINING: Final = {
 """Megatron-LM's name -> verl's override; a plus adds a key that verl does not name itself."""
 
 LORA_RANK: Final = "actor_rollout_ref.model.lora.rank"
-FROM_DOCUMENTATION: Final = frozenset(
-    {
-        *("algorithm.adv_estimator", "actor_rollout_ref.model.path", "data.train_files"),
-        *("data.val_files", "data.max_prompt_length", "data.max_response_length", LORA_RANK),
-        *("trainer.total_training_steps", "trainer.default_local_dir", "trainer.save_freq"),
-        *("trainer.test_freq", "trainer.project_name", "trainer.experiment_name", "data.seed"),
-        *(f"{ACTOR}.optim.{name}" for name in ("lr", "min_lr", "weight_decay", "lr_decay_style")),
-        *(f"{ACTOR}.optim.{name}" for name in ("lr_decay_steps", "lr_warmup_steps")),
-        f"{ACTOR}.optim.override_optimizer_config.optimizer_cpu_offload",
-        f"{ACTOR}.optim.override_optimizer_config.optimizer_offload_fraction",
-    }
-)
-"""Overrides from verl's documentation, which no rule or table of ours holds. What goes through
-``override_transformer_config`` is a field of Megatron Core's configuration and reaches it as it is.
-"""
 
 
 @cache
