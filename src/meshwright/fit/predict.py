@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,10 +11,17 @@ from meshwright.cost.detail import Estimate, estimate
 from meshwright.cost.factors import Factors, fitted
 from meshwright.cost.memory import statistic_bytes
 from meshwright.errors import MeshwrightError
+from meshwright.fit.measured import MEMORY, TIME, measured
 from meshwright.fit.rows import Run, read_row
+
+HELD_FRACTION = 0.9
+"""The share of runs whose measured step time the interval of a prediction holds."""
 
 INTERVAL_FRACTION = 0.22
 """Half-width, as a factor, of the interval that holds the measured step time in 9 runs of 10."""
+
+UNFORESEEN = (ArithmeticError, LookupError, TypeError, ValueError)
+"""What one row that nobody thought of may raise: it must not take the others with it."""
 
 Status = Literal["ok", "unsupported", "refused"]
 
@@ -67,28 +75,38 @@ def _predict_row(
     blank = Prediction(
         id=row.get("id") or "",
         status="refused",
-        measured_step_time_s=_measured(row, "step_time_best_s"),
-        measured_peak_bytes=_measured(row, "peak_memory_bytes"),
+        measured_step_time_s=measured(row, TIME),
+        measured_peak_bytes=measured(row, MEMORY),
     )
     try:
         run = read_row(row, models)
     except MeshwrightError as error:
         return replace(blank, why=str(error))
+    except UNFORESEEN as error:
+        return replace(blank, status="unsupported", why=_unforeseen(error))
+    blank = replace(blank, status="unsupported", assumed=run.assumed)
     try:
         found = estimate(run.model, run.cluster, run.job, run.layout, factors)
+        step_time_s, peak_bytes = asked_s(found, run), asked_bytes(found, run, factors)
     except MeshwrightError as error:
-        return replace(blank, status="unsupported", why=str(error), assumed=run.assumed)
-    step_time_s = asked_s(found, run)
+        return replace(blank, why=str(error))
+    except UNFORESEEN as error:
+        return replace(blank, why=_unforeseen(error))
+    if not (0.0 < step_time_s < math.inf and 0.0 < peak_bytes < math.inf):
+        return replace(blank, why="The price of this row is no finite number.")
     return replace(
         blank,
         status="ok",
-        assumed=run.assumed,
         step_time_s=step_time_s,
         low_s=step_time_s / (1.0 + INTERVAL_FRACTION),
         high_s=step_time_s * (1.0 + INTERVAL_FRACTION),
-        peak_bytes=asked_bytes(found, run, factors),
+        peak_bytes=peak_bytes,
         estimate=found,
     )
+
+
+def _unforeseen(error: Exception) -> str:
+    return f"No rule foresees this row ({type(error).__name__}: {error}). Report it."
 
 
 def asked_s(found: Estimate, run: Run) -> float:
@@ -103,11 +121,3 @@ def asked_bytes(found: Estimate, run: Run, factors: Factors | None = None) -> fl
     stages = {"first": found.stages[:1], "last": found.stages[-1:], "fullest": found.stages}
     spare = (factors or fitted()).fragmentation_fraction
     return max(statistic_bytes(stage, run.statistic, spare) for stage in stages[run.rank])
-
-
-def _measured(row: Mapping[str, str], name: str) -> float | None:
-    try:
-        value = float(row.get(name) or "")
-    except ValueError:
-        return None
-    return value if 0 < value < float("inf") else None

@@ -15,7 +15,8 @@ from meshwright.describe.facts import Decoder
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
 from meshwright.describe.published import published_decoder
-from meshwright.errors import LayoutError, ModelError, did_you_mean
+from meshwright.errors import DocumentError, LayoutError, ModelError, did_you_mean
+from meshwright.fit.documents import SURPLUS
 from meshwright.fit.framework import framework_of
 from meshwright.fit.read_degrees import read_degrees
 from meshwright.fit.read_job import read_job
@@ -49,6 +50,9 @@ def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
     Raises ``MeshwrightError`` where the row cannot mean anything.
     """
     s = read_settings(row)
+    if s.cell(SURPLUS):
+        rule = "A row has as many cells as the first line names."
+        raise DocumentError("row", s.cell(SURPLUS)[:60], rule, "Put cells with commas in quotes.")
     framework = framework_of(s)
     model = read_model(s, models)
     seq_len = s.number("seq_len")

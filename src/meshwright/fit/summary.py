@@ -6,17 +6,19 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from meshwright.fit.predict import Prediction
+from meshwright.fit.measured import MEMORY, TIME, unusable
+from meshwright.fit.predict import HELD_FRACTION, Prediction
 
 Row = Mapping[str, str]
 Pair = tuple[Row, Prediction]
 
-TUNED = ("benchmark", "paper", "matched-ab")
-"""Qualities of runs that were tuned or controlled; only these count for step time."""
+TUNED = ("benchmark", "paper", "matched-ab", "")
+"""Qualities of runs that were tuned or controlled; only these count for step time. A row that
+states none is taken for one."""
 
 RANKED = (*TUNED, "sweep")
 """Qualities whose layouts are ranked: sweeps are noisy in time, and made to compare layouts."""
@@ -35,37 +37,82 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the summary: counts, error tables of time and memory, ranking, worst rows.
 
-    Rows marked inconsistent by the file are counted and left out of every error; so are rows
-    without a measured value, and, with the reason, from the errors of memory those whose measured
-    memory could not hold the model they name. Nothing that was refused is part of an error, only
-    of the coverage.
+    ``step_time_rows`` and ``peak_memory_rows`` say where every row went: into the errors, or why
+    into none (not predicted, called inconsistent by the file, not measured, measured as what cannot
+    be, of a quality or a kind of memory that is not scored). ``impossible_memory`` is measured
+    memory that could not hold the model that its row names.
     """
     pairs = list(zip(rows, found, strict=True))
     status = {s: sum(p.status == s for p in found) for s in ("ok", "unsupported", "refused")}
     usable = [(r, p) for r, p in pairs if not is_inconsistent(r)]
     timed = [(r, p) for r, p in usable if time_error(p) is not None]
-    tuned = [(r, p) for r, p in timed if (r.get("quality") or "") in TUNED]
-    weighed = [(r, p) for r, p in usable if memory_error(p) is not None and memory_counts(r)]
-    impossible = {p.id: why for r, p in weighed if (why := impossible_memory(r, p))}
-    weighed = [(r, p) for r, p in weighed if p.id not in impossible]
+    tuned = [(r, p) for r, p in timed if _quality(r) in TUNED]
+    weighed, impossible = _weighed(usable)
     return {
         "rows": len(found),
         **status,
         "coverage_fraction": status["ok"] / len(found) if found else 0.0,
         "inconsistent": len(pairs) - len(usable),
         "reasons": _reasons(found),
+        "not_predicted": [{"id": p.id, "why": p.why} for p in found if p.why],
         "impossible_memory": impossible,
-        "step_time": _tables(tuned, time_error, models),
-        "step_time_by_quality": _table(timed, time_error, lambda r: r.get("quality") or ""),
-        "peak_memory": _tables(weighed, memory_error, models),
+        "unusable_measurements": {p.id: why for r, p in pairs if (why := _unusable(r))},
+        "step_time_rows": _counted(pairs, tuned, time_error, TIME, "other_quality"),
+        "peak_memory_rows": _counted(pairs, weighed, memory_error, MEMORY, "not_comparable"),
+        "step_time": _tables(pairs, tuned, time_error, models),
+        "step_time_by_quality": _table(pairs, timed, time_error, _quality),
+        "peak_memory": _tables(pairs, weighed, memory_error, models),
         "peak_memory_by_statistic": _table(
-            weighed, memory_error, lambda r: r.get("peak_memory_stat") or ""
+            pairs, weighed, memory_error, lambda r: r.get("peak_memory_stat") or ""
         ),
-        "interval": _interval(tuned),
-        "ranking": ranking([m for m in timed if (m[0].get("quality") or "") in RANKED]),
-        "worst_step_time": _worst(tuned, time_error),
-        "worst_peak_memory": _worst(weighed, memory_error),
+        "interval": _interval(tuned, models),
+        "ranking": ranking([m for m in timed if _quality(m[0]) in RANKED]),
+        "worst_step_time": _worst(tuned, time_error, _times),
+        "worst_peak_memory": _worst(weighed, memory_error, _peaks),
     }
+
+
+def _quality(row: Row) -> str:
+    return (row.get("quality") or "").strip()
+
+
+def _unusable(row: Row) -> str:
+    return "; ".join(why for columns in (TIME, MEMORY) if (why := unusable(row, columns)))
+
+
+def _counted(
+    pairs: Sequence[Pair],
+    scored: Sequence[Pair],
+    error: Callable[[Prediction], float | None],
+    columns: tuple[str, ...],
+    rest: str,
+) -> dict[str, int]:
+    """Return where every row went: ``scored``, or why it is in no error. The counts make all."""
+    counts = {"scored": len(scored), "not_predicted": 0, "inconsistent": 0}
+    counts |= {"not_measured": 0, "unusable": 0}
+    for row, p in pairs:
+        if p.status != "ok":
+            counts["not_predicted"] += 1
+        elif is_inconsistent(row):
+            counts["inconsistent"] += 1
+        elif error(p) is None:
+            counts["unusable" if unusable(row, columns) else "not_measured"] += 1
+    return {**counts, rest: len(pairs) - sum(counts.values())}
+
+
+def _weighed(usable: Sequence[Pair]) -> tuple[list[Pair], dict[str, str]]:
+    """Return the rows whose memory is scored, and why others cannot be of the model they name."""
+    kept: list[Pair] = []
+    impossible: dict[str, str] = {}
+    for row, p in usable:
+        if memory_error(p) is None or not memory_counts(row):
+            continue
+        why = impossible_memory(row, p)
+        if why:
+            impossible[p.id] = why
+        else:
+            kept.append((row, p))
+    return kept, impossible
 
 
 def is_inconsistent(row: Row) -> bool:
@@ -110,31 +157,42 @@ def _ratio(predicted: float | None, measured: float | None) -> float | None:
 
 def _tables(
     pairs: Sequence[Pair],
+    scored: Sequence[Pair],
     error: Callable[[Prediction], float | None],
     models: Mapping[str, Any],
 ) -> dict[str, Any]:
     keys: dict[str, Callable[[Row], str]] = {
         "by_gpu": lambda r: r.get("gpu") or "",
-        "by_class": lambda r: str(models.get(r.get("model") or "", {}).get("class", "")),
+        "by_class": lambda r: _class_of(r, models),
         "by_precision": lambda r: r.get("precision") or "",
         "by_source": lambda r: (r.get("source") or "").partition(":")[0].partition("@")[0],
-        "by_quality": lambda r: r.get("quality") or "",
+        "by_quality": _quality,
     }
-    overall = _table(pairs, error, lambda _: "all").get("all", {"rows": 0})
-    return {"all": overall, **{name: _table(pairs, error, key) for name, key in keys.items()}}
+    overall = _table(pairs, scored, error, lambda _: "all").get("all", {"rows": 0})
+    tables = {name: _table(pairs, scored, error, key) for name, key in keys.items()}
+    return {"all": overall, **tables}
 
 
 def _table(
-    pairs: Iterable[Pair],
+    pairs: Sequence[Pair],
+    scored: Iterable[Pair],
     error: Callable[[Prediction], float | None],
     key: Callable[[Row], str],
 ) -> dict[str, dict[str, float]]:
+    """Return the errors of each group of ``scored``, and which share of all its rows is predicted.
+
+    A group of ``pairs`` without a scored row is not listed: it has no error.
+    """
     groups: defaultdict[str, list[float]] = defaultdict(list)
-    for row, prediction in pairs:
+    for row, prediction in scored:
         value = error(prediction)
         if value is not None:
             groups[key(row)].append(value)
-    return {name: _errors(groups[name]) for name in sorted(groups)}
+    coverage = _shares((key(row), p.status == "ok") for row, p in pairs)
+    return {
+        name: {**_errors(groups[name]), "coverage_fraction": coverage[name]}
+        for name in sorted(groups)
+    }
 
 
 def _errors(values: Sequence[float]) -> dict[str, float]:
@@ -158,13 +216,32 @@ def _reasons(found: Iterable[Prediction]) -> dict[str, int]:
     return dict(counts)
 
 
-def _interval(pairs: Sequence[Pair]) -> dict[str, float]:
-    held = [
-        p.low_s <= p.measured_step_time_s <= p.high_s
-        for _, p in pairs
-        if p.low_s is not None and p.high_s is not None and p.measured_step_time_s is not None
-    ]
-    return {"rows": len(held), "held_fraction": sum(held) / len(held) if held else 0.0}
+def _interval(pairs: Sequence[Pair], models: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how often the interval of a prediction holds what was measured."""
+    held = [(row, _holds(p)) for row, p in pairs if p.low_s is not None]
+    return {
+        "stated_fraction": HELD_FRACTION,
+        "rows": len(held),
+        "held_fraction": sum(h for _, h in held) / len(held) if held else 0.0,
+        "by_gpu": _shares((row.get("gpu") or "", h) for row, h in held),
+        "by_class": _shares((_class_of(row, models), h) for row, h in held),
+    }
+
+
+def _holds(p: Prediction) -> bool:
+    return (p.low_s or 0.0) <= (p.measured_step_time_s or 0.0) <= (p.high_s or 0.0)
+
+
+def _shares(held: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    groups: defaultdict[str, list[bool]] = defaultdict(list)
+    for name, value in held:
+        groups[name].append(value)
+    return {name: sum(groups[name]) / len(groups[name]) for name in sorted(groups)}
+
+
+def _class_of(row: Row, models: Mapping[str, Any]) -> str:
+    entry = models.get(row.get("model") or "")
+    return str(cast("Mapping[str, Any]", entry).get("class", "")) if isinstance(entry, dict) else ""
 
 
 def group_key(row: Row) -> tuple[str, ...]:
@@ -222,7 +299,20 @@ def _best_is_near(members: Sequence[Pair]) -> bool:
 
 
 def _worst(
-    pairs: Sequence[Pair], error: Callable[[Prediction], float | None]
+    pairs: Sequence[Pair],
+    error: Callable[[Prediction], float | None],
+    values: Callable[[Prediction], dict[str, float | None]],
 ) -> list[dict[str, Any]]:
     ranked = sorted(pairs, key=lambda m: -abs(error(m[1]) or 0.0))
-    return [{"id": p.id, "error": error(p)} for _, p in ranked[:WORST_ROWS]]
+    return [{"id": p.id, "error": error(p), **values(p)} for _, p in ranked[:WORST_ROWS]]
+
+
+def _times(p: Prediction) -> dict[str, float | None]:
+    return {
+        "predicted_step_time_s": p.step_time_s,
+        "measured_step_time_s": p.measured_step_time_s,
+    }
+
+
+def _peaks(p: Prediction) -> dict[str, float | None]:
+    return {"predicted_peak_bytes": p.peak_bytes, "measured_peak_bytes": p.measured_peak_bytes}
