@@ -21,7 +21,8 @@ from meshwright.runtime.capacity import capacity, owners, token_groups, within_c
 from meshwright.runtime.checkpoint import Checkpointer, load_checkpoint
 from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.legality import check_runnable
-from meshwright.runtime.shape import MoeShape, shape_of
+from meshwright.runtime.read_shape import shape_of
+from meshwright.runtime.shape import MoeShape
 from meshwright.verify.structures import STRUCTURES
 
 SEQ_LEN = 16

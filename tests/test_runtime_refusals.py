@@ -6,7 +6,7 @@ import pytest
 
 from meshwright.describe.models import load_config, load_model
 from meshwright.errors import ModelError
-from meshwright.runtime.shape import shape_of
+from meshwright.runtime.read_shape import shape_of
 
 
 def test_dropout_in_attention_is_refused_and_not_left_out() -> None:

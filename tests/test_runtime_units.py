@@ -31,7 +31,8 @@ from meshwright.runtime.legality import check_runnable
 from meshwright.runtime.optimizer import OptimizerSettings
 from meshwright.runtime.parameters import Box, initial_values
 from meshwright.runtime.pipeline_parallel import message_of
-from meshwright.runtime.shape import Scores, assumed_of, shape_of
+from meshwright.runtime.read_shape import assumed_of, shape_of
+from meshwright.runtime.shape import Scores
 from meshwright.runtime.tensor_parallel import WeightGradients, linear
 from meshwright.runtime.train_loop import learning_rate
 from meshwright.runtime.train_settings import TrainSettings

@@ -16,7 +16,7 @@ from meshwright.parallel.layout import from_text
 from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.launch import run_ranks
 from meshwright.runtime.legality import check_runnable
-from meshwright.runtime.shape import shape_of
+from meshwright.runtime.read_shape import shape_of
 from meshwright.runtime.weights import SINGLE, load_weights, save_weights
 
 transformers = pytest.importorskip("transformers")
@@ -70,6 +70,15 @@ LATENT = {
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 0,
 }
+SMALL_EXPERTS = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("llama", {"rope_parameters": LLAMA3_ROPE}, "tp=2 pp=2"),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}, "tp=4"),
@@ -126,6 +135,92 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
             "topk_group": 1,
             "q_lora_rank": None,
             "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        "pp=2",
+    ),
+    "kimi_k2": ("deepseek_v3", LATENT | {"n_group": 1, "topk_group": 1}, "tp=2 ep=2"),
+    "phi3": ("phi3", {"sliding_window": 6, "rope_parameters": HALF_ROPE}, "tp=4"),
+    "gemma": ("gemma", {"head_dim": 8}, "tp=2 pp=2"),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 2.0,
+        },
+        "tp=2 cp=2",
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "cp=2 pp=2",
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 8, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "tp=2 cp=2 ep=2 etp=2",
+    ),
+    "glm4": ("glm4", {"head_dim": 8}, "tp=2"),
+    "glm4_moe": (
+        "glm4_moe",
+        SMALL_EXPERTS | {"use_qk_norm": True, "attention_bias": True, "n_group": 2},
+        "pp=2 ep=2",
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        LATENT | {"mlp_layer_types": ["dense", "sparse"], "n_group": 2},
+        "ep=2 etp=2",
+    ),
+    "dots1": ("dots1", SMALL_EXPERTS | {"norm_topk_prob": True}, "cp=2 ep=2"),
+    "minimax_m2": (
+        "minimax_m2",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+            "rope_parameters": HALF_ROPE,
+        },
+        "tp=2 ep=2",
+    ),
+    "flex_olmo": ("flex_olmo", {"num_experts": 4, "num_experts_per_tok": 2}, "pp=2 ep=2"),
+    "olmo3": (
+        "olmo3",
+        {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+        "cp=2",
+    ),
+    "exaone4": (
+        "exaone4",
+        {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+        "tp=2",
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}, "tp=2"),
+    "seed_oss": (
+        "seed_oss",
+        {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
+        "tp=2",
+    ),
+    "cwm": ("cwm", {"head_dim": 8, "sliding_window": 6, "bos_token_id": 1}, "cp=2"),
+    "ernie4_5": ("ernie4_5", {"head_dim": 8, "use_bias": True}, "tp=2"),
+    "ministral": ("ministral", {"head_dim": 8, "sliding_window": 6}, "cp=2"),
+    "internlm3": (
+        "internlm3",
+        {"head_dim": 8, "attention_bias": True, "mlp_bias": True},
+        "tp=2",
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.3,
         },
         "pp=2",
     ),

@@ -144,7 +144,7 @@ def train(
 
     _require_torch()
     from meshwright.runtime.optimizer import OptimizerSettings
-    from meshwright.runtime.shape import assumed_of, shape_of
+    from meshwright.runtime.read_shape import assumed_of, shape_of
     from meshwright.runtime.switches import execution_from_text
     from meshwright.runtime.train import train as run
     from meshwright.runtime.train_settings import DataSettings, ProfileSettings, TrainSettings

@@ -1,7 +1,6 @@
 """Hugging Face checkpoints: ``config.json`` and safetensors, read and written under any layout.
 
-A rank reads only its own boxes of each tensor. Our names are those of Hugging Face, except that
-the experts of a layer are one stack here and one tensor each there (and Mixtral's other words).
+A rank reads only its own boxes of each tensor; ``checkpoint_names`` says where they lie.
 Refs: safetensors format; file naming of ``transformers`` (model.safetensors.index.json).
 """
 
@@ -11,8 +10,8 @@ Refs: safetensors format; file naming of ``transformers`` (model.safetensors.ind
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from meshwright.errors import DocumentError
 from meshwright.runtime.boxes import rectangles
+from meshwright.runtime.checkpoint_names import Stored, stored
 from meshwright.runtime.collectives import receive, send
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.parameters import Box, ShardedParameter
@@ -35,22 +35,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MOST_FILE_BYTES = 5 * 10**9
 """A file of written weights is closed at this size, as ``transformers`` does."""
-
-_STACK = re.compile(r"^(.*)\.experts\.(gate_proj|up_proj|down_proj)$")
-_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-
-
-def checkpoint_names(box: Box, shape: ModelShape) -> list[str]:
-    """Return the names of a parameter in checkpoints: one, or one per expert of the whole stack."""
-    mixtral = shape.moe is not None and shape.moe.names == "mixtral"
-    stack = _STACK.match(box.name)
-    if stack is None:
-        renamed = box.name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
-        return [renamed if mixtral else box.name]
-    prefix, part = stack[1], stack[2]
-    if mixtral:
-        prefix, part = prefix.replace(".mlp", ".block_sparse_moe"), _MIXTRAL[part]
-    return [f"{prefix}.experts.{expert}.{part}.weight" for expert in range(box.shape[0])]
 
 
 class Checkpoint:
@@ -93,8 +77,9 @@ class Checkpoint:
                 ) from None
         return self.files[name]
 
-    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
-        """Return a part of a tensor that has to have ``shape``."""
+    def read(self, place: Stored, part: tuple[slice, ...]) -> Tensor:
+        """Return a part of a matrix (or vector) of ours."""
+        name = place.name
         if name not in self.file_of:
             raise DocumentError(
                 "weights",
@@ -105,14 +90,17 @@ class Checkpoint:
                 else "Give the config.json that belongs to the weights.",
             )
         found = self._open(self.file_of[name]).get_slice(name)
-        if tuple(found.get_shape()) != shape:
+        if tuple(found.get_shape()) != place.shape:
             raise DocumentError(
                 "weights",
                 name,
-                f"Its shape is {tuple(found.get_shape())}, the config says {shape}.",
+                f"Its shape is {tuple(found.get_shape())}, the config says {place.shape}.",
                 "Give the config.json that belongs to the weights.",
             )
-        return cast("Tensor", found[part])
+        where = place.place(part)
+        # Slices of safetensors have no steps.
+        near = cast("Tensor", found[tuple(slice(w.start, w.stop) for w in where)])
+        return place.ours(near[tuple(slice(None, None, w.step) for w in where)])
 
 
 def load_weights(engine: Engine, folder: Path) -> None:
@@ -125,15 +113,15 @@ def load_weights(engine: Engine, folder: Path) -> None:
     def values(member: ShardedParameter) -> Tensor:
         box = member.box
         out = torch.zeros(tuple(member.shape), dtype=member.dtype)
-        names = checkpoint_names(box, engine.shape)
+        places = stored(box, engine.shape)
         if box.expert:
             for row in range(member.shape[0]):
                 part = _part(box.offsets[1:], box.shape[1:], tuple(member.shape[1:]))
-                name = names[box.offsets[0] + row]
-                out[row] = checkpoint.read(name, box.shape[1:], part).to(member.dtype)
+                place = places[box.offsets[0] + row]
+                out[row] = checkpoint.read(place, part).to(member.dtype)
             return out
         part = _part(box.offsets, box.shape, tuple(member.shape))
-        found = checkpoint.read(names[0], box.shape, part).to(member.dtype)
+        found = checkpoint.read(places[0], part).to(member.dtype)
         out[tuple(slice(0, n) for n in found.shape)] = found
         return out
 
@@ -157,13 +145,14 @@ class _Held:
 
     box: Box
     local_shape: tuple[int, ...]
+    dtype: torch.dtype
     begin: int
     end: int
     rank: int
 
 
 def save_weights(engine: Engine, folder: Path, config: Mapping[str, Any]) -> None:
-    """Write ``config.json`` and safetensors, in the dtype of the run; rank 0 writes.
+    """Write ``config.json`` and safetensors, in the dtype that each is held in; rank 0 writes.
 
     Low-rank changes are added to the weights that they belong to. Tensors travel to rank 0 one by
     one. Files appear under their names when complete.
@@ -183,7 +172,7 @@ def save_weights(engine: Engine, folder: Path, config: Mapping[str, Any]) -> Non
             found = _bring(held, mine, engine)
             if writer is not None and found is not None:
                 if whole is None:
-                    whole = torch.zeros(held.box.shape, dtype=engine.settings.dtype)
+                    whole = torch.zeros(held.box.shape, dtype=held.dtype)
                 _place(whole, held, found)
         if writer is not None and whole is not None:
             _write(writer, plan[name][0].box, whole, engine.shape)
@@ -204,10 +193,9 @@ def _write(writer: _Writer, box: Box, whole: Tensor, shape: ModelShape) -> None:
     if a is not None and b is not None:
         change = b.float() @ a.float() * (shape.lora_alpha / shape.lora_rank)
         whole = (whole.float() + change).to(whole.dtype)
-    names = checkpoint_names(box, shape)
     parts = whole.unbind(0) if box.expert else (whole,)
-    for name, part in zip(names, parts, strict=True):
-        writer.add(name, part)
+    for place, part in zip(stored(box, shape), parts, strict=True):
+        writer.put(place, part)
 
 
 def _plan(engine: Engine) -> dict[str, list[_Held]]:
@@ -217,6 +205,7 @@ def _plan(engine: Engine) -> dict[str, list[_Held]]:
         _Held(
             box=piece.parameter.box,
             local_shape=tuple(piece.parameter.shape),
+            dtype=piece.parameter.dtype,
             begin=piece.begin,
             end=piece.end,
             rank=groups.rank,
@@ -268,8 +257,24 @@ class _Writer:
     pending: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     pending_bytes: int = 0
     adapters: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    fused: dict[str, tuple[Tensor, int]] = field(default_factory=dict[str, tuple[Tensor, int]])
     written: list[list[str]] = field(default_factory=list[list[str]])
     total_bytes: int = 0
+
+    def put(self, place: Stored, part: Tensor) -> None:
+        """Take a matrix (or vector) of ours; tensors of several are complete with the last."""
+        if part.shape == place.shape:
+            self.add(place.name, part)
+            return
+        fresh = (part.new_zeros(place.shape), math.prod(place.shape))
+        tensor, missing = self.fused.pop(place.name, fresh)
+        where = place.place(tuple(slice(0, n) for n in part.shape))
+        place.ours(tensor[where]).copy_(part)
+        missing -= part.numel()
+        if missing:
+            self.fused[place.name] = (tensor, missing)
+        else:
+            self.add(place.name, tensor)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take a tensor; write a file when enough is there."""
