@@ -280,7 +280,7 @@ def test_the_command_prints_tables(tmp_path: Path) -> None:
     models = str(shipped("models.json.gz"))
     done = CliRunner().invoke(app, ["accuracy", str(runs), "--models", models])
     assert done.exit_code == 0
-    assert "gpu: H100-SXM-80GB" in done.stdout
+    assert "by gpu\n  H100-SXM-80GB" in done.stdout
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n"])

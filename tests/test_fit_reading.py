@@ -231,7 +231,7 @@ def test_schedules_and_context_parallelism_are_read_in_other_words() -> None:
 def test_a_contradiction_is_refused_with_field_rule_and_remedy(
     cells: dict[str, str], field: str
 ) -> None:
-    found = one(**cells)
+    found = one(None, **cells)
     assert found.status == "refused"
     assert found.why.startswith(f"{field} = ")
     assert found.why.count(". ") >= 1 or found.why.endswith("?"), "no remedy"
@@ -257,7 +257,7 @@ def test_cells_beyond_the_first_line_are_refused() -> None:
     ],
 )
 def test_what_is_bent_to_be_priced_is_told(cells: dict[str, str], told: str) -> None:
-    found = one(**cells)
+    found = one(None, **cells)
     assert found.status == "ok"
     assert any(told in line for line in found.assumed), found.assumed
 

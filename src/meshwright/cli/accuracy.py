@@ -113,7 +113,7 @@ def _where_rows_went(counts: Mapping[str, int]) -> str:
 
 
 def _tables(tables: Mapping[str, Any], columns: int) -> Iterator[str]:
-    width = columns - 46
+    width = columns - 45
     yield ""
     yield (
         f"{'predicted / measured - 1':<{width}} {'rows':>5} {'bias':>7} {'median':>7} {'p90':>7} "
