@@ -49,7 +49,9 @@ def _mixer(shape: ModelShape, number: int) -> Mixer:
             qkv_bias=shape.qkv_bias,
             out_bias=shape.out_bias,
             qk_norm=shape.qk_norm,
+            sinks=shape.sinks,
             window=shape.window if number in shape.window_layers else 0,
+            rope=number not in shape.unrotated_layers,
         )
     mla = shape.mla
     return LatentAttention(
@@ -74,4 +76,6 @@ def _ffn(shape: ModelShape, number: int) -> FeedForward:
         shared_ffn_hidden_size=moe.shared_ffn_hidden_size,
         shared_gate=moe.shared_gate,
         correction_bias=moe.correction_bias,
+        router_bias=moe.router_bias,
+        expert_bias=moe.expert_bias,
     )

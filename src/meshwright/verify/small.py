@@ -68,6 +68,7 @@ def shrink(shape: ModelShape, x: Layout[int]) -> Case:
         vocab_size=ODD_VOCAB,
         window=16 if shape.window else 0,
         rope=replace(shape.rope, original_max_seq_len=16),
+        window_rope=shape.window_rope and replace(shape.window_rope, original_max_seq_len=16),
         moe=_experts(shape.moe, x) if shape.moe else None,
         mla=_latent(shape.mla) if shape.mla else None,
         initializer_range=INITIALIZER_RANGE,
@@ -132,9 +133,8 @@ def _with_layers(small: ModelShape, shape: ModelShape, x: Layout[int]) -> ModelS
             small,
             num_layers=count,
             moe_layers=_moe_layers(shape, count),
-            window_layers=tuple(
-                i for i in range(count) if _like(i, count, shape) in shape.window_layers
-            ),
+            window_layers=_kept(shape.window_layers, count, shape),
+            unrotated_layers=_kept(shape.unrotated_layers, count, shape),
         )
         try:
             placement_of(made, x)
@@ -144,6 +144,11 @@ def _with_layers(small: ModelShape, shape: ModelShape, x: Layout[int]) -> ModelS
             return made
     assert refusal is not None
     raise refusal
+
+
+def _kept(layers: tuple[int, ...], count: int, shape: ModelShape) -> tuple[int, ...]:
+    """Return which layers of the small model stand for one of ``layers``."""
+    return tuple(i for i in range(count) if _like(i, count, shape) in layers)
 
 
 def _like(layer: int, count: int, shape: ModelShape) -> int:
@@ -157,6 +162,5 @@ def _like(layer: int, count: int, shape: ModelShape) -> int:
 def _moe_layers(shape: ModelShape, count: int) -> tuple[int, ...]:
     if shape.moe is None:
         return ()
-    layers = [i for i in range(count) if _like(i, count, shape) in shape.moe_layers]
     mtp = [count + d for d in range(shape.mtp_layers) if shape.num_layers + d in shape.moe_layers]
-    return tuple(layers + mtp)
+    return (*_kept(shape.moe_layers, count, shape), *mtp)

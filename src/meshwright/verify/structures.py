@@ -138,6 +138,46 @@ def _with_experts(name: str, **changed: Any) -> ModelShape:
     return replace(shape, moe=replace(shape.moe, **changed))
 
 
+STRUCTURES["gemma3"] = replace(
+    STRUCTURES["mistral"],
+    model_type="gemma3_text",
+    qk_norm="head",
+    norms="sandwich",
+    norm_offset=True,
+    activation="gelu_tanh",
+    attention_softcap=2.0,
+    logit_softcap=3.0,
+    embedding_scale=8.0,
+    window_rope=Rope(theta=100.0),
+    tie_word_embeddings=True,
+)
+STRUCTURES["gpt_oss"] = replace(
+    _with_experts(
+        "qwen2_moe",
+        shared_ffn_hidden_size=0,
+        shared_gate=False,
+        normalise=True,
+        router_bias=True,
+        expert_bias=True,
+        names="gpt_oss",
+    ),
+    model_type="gpt_oss",
+    sinks=True,
+    qkv_bias=True,
+    out_bias=True,
+    activation="clamped_swish",
+    window=16,
+    window_layers=(0, 2),
+)
+STRUCTURES["glm4_moe"] = replace(
+    STRUCTURES["deepseek_v3"],
+    model_type="glm4_moe",
+    mla=None,
+    num_kv_heads=2,
+    qk_norm="head",
+    rope=Rope(partial_factor=0.5),
+    unrotated_layers=(3,),
+)
 STRUCTURES["capacity"] = _with_experts("qwen2_moe", capacity_factor=1.0)
 STRUCTURES["padded"] = _with_experts(
     "qwen2_moe", capacity_factor=1.0, drop_policy="position", pad_to_capacity=True
