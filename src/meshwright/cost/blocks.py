@@ -12,6 +12,7 @@ import numpy as np
 from meshwright.cost.columns import Floats
 from meshwright.cost.comm import (
     Network,
+    Span,
     all_gather_s,
     all_reduce_s,
     all_to_all_s,
@@ -31,7 +32,7 @@ from meshwright.cost.compute import (
     stream_s,
 )
 from meshwright.cost.factors import Factors
-from meshwright.cost.slices import Slice, is_ring
+from meshwright.cost.slices import Slice, is_all_to_all, is_ring
 from meshwright.describe.cluster import Cluster
 from meshwright.describe.job import Job
 from meshwright.describe.model import Block, Comm, Op, OpKind
@@ -93,11 +94,20 @@ def block_seconds(block: Block, p: Pricing) -> BlockSeconds:
         weight_grad += wgrad
         again = (p.slice.recompute & int(op.rerun)) != 0
         backward[:, RECOMPUTE] += np.where(again, fwd, _rerun_share(op, p) * fwd)
+        if op.kind is OpKind.attention:
+            merging = ring_merge_s(op, p)
+            forward[:, CP] += merging
+            backward[:, CP] += merging
+            backward[:, RECOMPUTE] += np.where(again, merging, 0.0)
         for comm in op.comm:
             kind, comm_fwd, comm_bwd = comm_seconds(comm, fwd, p)
             forward[:, kind] += comm_fwd
             backward[:, kind] += comm_bwd
             backward[:, RECOMPUTE] += np.where(again, comm_fwd, 0.0)
+    if p.job.execution.delay_weight_grad and p.job.execution.overlap_ep_comm:
+        # What is left of the exchange backward hides behind the delayed weight gradients.
+        hidden = p.factors.ep_hidden_fraction * weight_grad
+        backward[:, EP] = np.maximum(backward[:, EP] - hidden, 0.0)
     if p.job.execution.blocking_checkpoints and block.hidden_inputs:
         is_full = (p.slice.recompute & int(Recompute.full)) != 0
         backward[:, RECOMPUTE] += np.where(is_full, p.factors.checkpoint_sync_s, 0.0)
@@ -122,20 +132,37 @@ def _rerun_share(op: Op, p: Pricing) -> float:
 def _wait_for_host(block: Block, p: Pricing, forward: Floats, backward: Floats) -> None:
     # Without CUDA graphs the host must launch every op; small kernels wait for it.
     graphed = p.job.execution.graphed_modules
-    launched = sum(_launches(op, p) for op in block.ops if module_of(op) not in graphed)
-    host = launched * p.factors.host_op_s
-    reruns = backward[:, RECOMPUTE]
+    host, again = np.zeros_like(p.slice.tp), np.zeros_like(p.slice.tp)
+    for op in block.ops:
+        if module_of(op) not in graphed:
+            once = _host_s(op, p)
+            host += once
+            again += np.where((p.slice.recompute & int(op.rerun)) != 0, once, 0.0)
+    reruns = backward[:, RECOMPUTE].copy()
     forward_s = np.einsum("dk->d", forward)
     backward_s = np.einsum("dk->d", backward) - reruns
+    wait = np.maximum(1.5 * host - backward_s, 0.0)
+    # What is run again is launched again; the host may run ahead of both.
+    longer = np.maximum(1.5 * host + again - backward_s - reruns, 0.0)
     forward[:, COMPUTE] += np.maximum(host - forward_s, 0.0)
-    backward[:, COMPUTE] += np.maximum(1.5 * host - backward_s, 0.0)
-    # A layer that is run again is launched again, and only then.
-    is_full = (p.slice.recompute & int(Recompute.full)) != 0
-    backward[:, RECOMPUTE] += np.where(is_full, np.maximum(host - reruns, 0.0), 0.0)
+    backward[:, COMPUTE] += wait
+    backward[:, RECOMPUTE] += np.maximum(longer - wait, 0.0)
     if block.is_moe and p.job.execution.capacity_factor is None:
         # How many tokens each expert gets goes through the host before its kernels are launched.
         waits = 2.0 if p.job.execution.dispatcher == "alltoall" else 1.0
         forward[:, COMPUTE] += waits * p.factors.routing_sync_s
+
+
+def _host_s(op: Op, p: Pricing) -> Floats:
+    """Return the host's seconds to launch an op and its collectives, forward.
+
+    A kernel of eager PyTorch takes ``host_op_s``; a module of Transformer Engine or Megatron, and
+    a collective, ``module_host_s``.
+    """
+    launches = _launches(op, p) * p.factors.host_op_s
+    if not p.job.execution.transformer_engine:
+        return launches + _messages(op, p) * p.factors.host_op_s
+    return launches + (1.0 + _messages(op, p)) * p.factors.module_host_s
 
 
 def _launches(op: Op, p: Pricing) -> float:
@@ -146,6 +173,24 @@ def _launches(op: Op, p: Pricing) -> float:
     once = _ROUTING_LAUNCHES.get(op.name, 1.0)
     return once if _is_fused(op, p) else once * p.factors.unfused_traffic
 
+
+def _messages(op: Op, p: Pricing) -> Floats:
+    """Return how many collectives the host starts for an op; a ring starts one set a step."""
+    s = p.slice
+    ring = RING_LAUNCHES * ring_steps(s) * is_ring(s.cp_comm)
+    started = np.zeros_like(s.tp)
+    for comm in op.comm:
+        if comm.kind in ("enter_tp", "exit_tp"):
+            started += s.tp > 1
+        elif comm.kind == "cp_kv":
+            started += ring + ((s.cp > 1) & (s.cp_comm == CpComm.all_gather))
+        elif comm.kind == "cp_heads":
+            started += is_all_to_all(s.cp_comm) * (s.cp > 1)
+    return started
+
+
+RING_LAUNCHES = 4.0
+"""Of one step of a ring: send and receive, attention, and two that merge its result."""
 
 _ROUTING_LAUNCHES = {"router": 6.0, "dispatch": 6.0, "combine": 4.0}
 """Kernels of top-k, probabilities and maps; of sorting, sending and their bookkeeping."""
@@ -194,6 +239,9 @@ def op_seconds(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
 def _stream(op: Op, moved_per_token: float, p: Pricing) -> Floats:
     if not _is_fused(op, p):
         moved_per_token = moved_per_token * p.factors.unfused_traffic
+    if op.name in ("dispatch", "combine") and p.job.execution.dispatcher in ("deepep", "hybridep"):
+        # Tokens leave unsorted, once each: only the receiver sorts them by expert.
+        moved_per_token = moved_per_token / 2.0
     tokens = p.slice.op_tokens(op.where) / p.slice.feature_divisor(op.where)
     return stream_s(moved_per_token * tokens * p.job.precision.act_bytes, p.at)
 
@@ -397,7 +445,7 @@ def expert_parallel_s(comm: Comm, p: Pricing) -> Floats:
     shared = all_gather_s(local * s.etp, s.spans.etp, p.net)
     match p.job.execution.dispatcher:
         case "deepep" | "hybridep":
-            once = comm.elements * s.sp_tokens * width
+            once = (comm.elements * width + p.factors.dispatch_token_bytes) * s.sp_tokens
             return dispatch_s(once, s.routed_tokens / s.sp_tokens / s.etp, s.spans.ep, p.net)
         case "allgather":
             return all_gather_s(comm.elements * s.sp_tokens * width * s.ep, s.spans.ep, p.net)
@@ -417,16 +465,48 @@ def context_parallel_s(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[Floats
     if comm.kind == "cp_state":
         step = ring_step_s(local, s.spans.cp, p.net)
         return step, step
+    inner, outer = cp_levels(s)
     if comm.kind == "cp_heads":
-        once = all_to_all_s(local, s.spans.cp, p.net)
-        used = ((s.cp_comm == CpComm.a2a) | (s.cp_comm == CpComm.a2a_p2p)).astype(np.float64)
-        return once * used, once * used
-    steps = s.cp - 1.0
-    ring = steps * ring_step_s(local, s.spans.cp, p.net)
-    ring = np.where(s.cp_comm == CpComm.a2a_p2p, ring / np.sqrt(s.cp), ring)
+        once = all_to_all_s(local, inner, p.net) * is_all_to_all(s.cp_comm)
+        return once, once
+    ring = ring_steps(s) * ring_step_s(local, outer, p.net)
     ring_fwd = np.maximum(ring - hidden * beside_s, 0.0)
     ring_bwd = np.maximum(2.0 * ring - hidden * ratio * beside_s, 0.0)
     gather = all_gather_s(local * s.cp, s.spans.cp, p.net)
     gathers = (s.cp_comm == CpComm.all_gather).astype(np.float64)
     used = is_ring(s.cp_comm)
     return ring_fwd * used + gather * gathers, ring_bwd * used + 2.0 * gather * gathers
+
+
+def cp_levels(s: Slice) -> tuple[Span, Span]:
+    """Return the spans of the all-to-all and of the ring of context parallelism.
+
+    One of them has the whole group, the other one rank; with ``a2a+p2p`` the all-to-all has the
+    first of ``hierarchical_cp``, or else the members that share an NVLink domain.
+    """
+    cp, inside = s.spans.cp.size, s.spans.cp.inside
+    first = float(s.hierarchical_cp[0]) if s.hierarchical_cp else inside
+    both = s.cp_comm == CpComm.a2a_p2p
+    size = np.where(both, np.minimum(first, cp), np.where(s.cp_comm == CpComm.a2a, cp, 1.0))
+    ring = cp / size
+    return (
+        Span(size, np.minimum(size, inside)),
+        Span(ring, np.clip(inside / size, 1.0, ring)),
+    )
+
+
+def ring_steps(s: Slice) -> Floats:
+    """Return how often the ring passes keys and values on."""
+    return cp_levels(s)[1].size - 1.0
+
+
+def ring_merge_s(op: Op, p: Pricing) -> Floats:
+    """Seconds to merge the results of a ring's steps, and to launch them, one way.
+
+    Each step but the first reads its result and reads and writes the fp32 sum: 10 bytes an
+    element of the output. Ref: Liu et al., arXiv:2310.01889, section 3. Left out: the log-sums.
+    """
+    s = p.slice
+    elements = s.tokens * op.num_heads * op.v_head_dim / s.tp
+    steps = ring_steps(s) * is_ring(s.cp_comm)
+    return steps * (10.0 * elements / p.at.hbm_bytes_per_s + RING_LAUNCHES * p.at.kernel_s)

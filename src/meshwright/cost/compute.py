@@ -17,9 +17,6 @@ from meshwright.cost.factors import Factors, most_specific
 from meshwright.describe.cluster import Gpu
 from meshwright.describe.job import Execution, Precision
 
-EXPONENTIALS_PER_SM_PER_S = 16 * 1.75e9
-"""The special-function units of a multiprocessor: 16 a clock (32 from compute capability 10.3)."""
-
 ATTENTION_BACKWARD_FLOPS = 2.5
 """Products of flash attention backward over those forward: five for two."""
 
@@ -61,17 +58,12 @@ def speeds(gpu: Gpu, precision: Precision, execution: Execution, factors: Factor
     peak, kind = gpu.peak_flops_per_s, gpu.architecture
     clock = power_fraction(gpu, execution, factors)
     kernel = "vendor" if execution.tuned_attention else "flash2"
-    units = 2.0 if gpu.compute_capability == "10.3" else 1.0
     return Speeds(
         matmul_flops_per_s=peak[matmul] * min(factors.matmul(kind, matmul) * clock, MOST_OF_PEAK),
         matmul_16_bit_flops_per_s=peak[wide]
         * min(factors.matmul(kind, wide) * clock, MOST_OF_PEAK),
         attention_flops_per_s=peak[attention] * factors.attention(kind, kernel) * clock,
-        exponentials_per_s=units
-        * gpu.num_sms
-        * EXPONENTIALS_PER_SM_PER_S
-        * clock
-        / factors.softmax_share,
+        exponentials_per_s=gpu.exponentials_per_s * clock / factors.softmax_share,
         attention_backward_flops_per_s=peak[wide]
         * most_specific(factors.attention_backward_fraction, kind, kernel, 0.5)
         * clock,
@@ -87,26 +79,21 @@ def speeds(gpu: Gpu, precision: Precision, execution: Execution, factors: Factor
     )
 
 
-_WATTS_PER_PEAK = {"ampere": 400 / 312e12, "hopper": 700 / 989.4e12, "blackwell": 1200 / 2.5e15}
-"""Power limit per dense 16-bit FLOP/s of the card that each family's shares were fitted on."""
-
-
 def power_fraction(gpu: Gpu, execution: Execution, factors: Factors) -> float:
     """Return the clock under load, relative to the family's usual card.
 
-    (W per peak FLOP/s / that of the usual card) ** ``power_exponent``: matmuls run into the power
-    limit long before their peak. ``clock_fraction`` corrects cards that were measured.
+    (W per dense 16-bit TFLOP/s / ``usual_w_per_tflops``) ** ``power_exponent``: matmuls run into
+    the power limit long before their peak. ``clock_fraction`` corrects cards that were measured.
     Ref: torchtitan, docs/performance.md (500 W cards). Left out: cooling, and that light kernels
     do not reach the limit.
     """
-    family = (gpu.architecture.lower().split() or [""])[0]
-    usual = _WATTS_PER_PEAK.get(family)
+    usual = most_specific(factors.usual_w_per_tflops, gpu.architecture, "", 0.0)
     peak = gpu.peak_flops_per_s.get("bf16", 0.0)
     boost = 1.0 + factors.power_boost_fraction * float(execution.power_boost)
     boost *= factors.clock_fraction.get(gpu.name, 1.0)
-    if usual is None or not peak or not gpu.power_w:
+    if not usual or not peak or not gpu.power_w:
         return boost
-    law = (gpu.power_w / peak / usual) ** factors.power_exponent
+    law = (gpu.power_w / (peak / 1e12) / usual) ** factors.power_exponent
     return boost * min(law, MOST_CLOCK)
 
 

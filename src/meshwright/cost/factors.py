@@ -37,16 +37,19 @@ class Factors:
     each of their outputs. ``imbalance_fraction``: for each doubling of the expert-parallel
     ranks, how much the fullest gets beyond the mean where the router is not forced to balance.
     ``power_exponent``: how speed falls with the power limit per peak FLOP/s.
-    ``clock_fraction``: the clock that a card holds over what that law expects of it.
+    ``usual_w_per_tflops``: that limit of the card that a family's shares refer to (a fact).
+    ``clock_fraction``: the clock that a card holds over what the law expects of it.
     ``power_boost_fraction``: what ``vboost`` adds. ``sequential_experts_fraction``: speed of
     experts that run one after the other, over that of a grouped product.
     Links. ``link_fraction``, ``pcie_fraction``, ``network_fraction``: share of NVLink, of PCIe
     between GPUs and of network bandwidth that collectives reach; ``all_to_all_fraction`` the same
     for all-to-alls, ``dispatch_fraction`` for the kernels of DeepEP and HybridEP.
+    ``dispatch_token_bytes``: bytes that handling one token takes the time of in those kernels.
     ``*_hidden_fraction``: share of a communication that its overlap switch hides behind compute;
     ``dp_contention_fraction``: share of the hidden part that slows the compute it hides behind.
     Host. ``kernel_s``: time to launch and drain one kernel; ``host_op_s``: host time per op
-    without CUDA graphs; ``routing_sync_s``: wait of one layer whose token counts go through the
+    without CUDA graphs, ``module_host_s`` that per module of Transformer Engine or Megatron, and
+    per collective; ``routing_sync_s``: wait of one layer whose token counts go through the
     host; ``checkpoint_sync_s`` that of one recomputed layer that saves random states through
     the host; ``step_overhead_s``: what each step waits for beside it; ``straggler_fraction``:
     what each doubling of the nodes adds to a step.
@@ -59,6 +62,7 @@ class Factors:
     attention_backward_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
     grouped_matmul_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
     sequential_experts_fraction: float = 0.85
+    usual_w_per_tflops: Mapping[str, float] = field(default_factory=dict[str, float])
     clock_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
     softmax_share: float = 0.3
     scan_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -77,6 +81,7 @@ class Factors:
     network_fraction: float = 0.8
     all_to_all_fraction: float = 0.6
     dispatch_fraction: float = 0.7
+    dispatch_token_bytes: float = 2000.0
     collective_s: float = 12e-6
     tp_hidden_fraction: float = 0.6
     cp_hidden_fraction: float = 0.8
@@ -86,6 +91,7 @@ class Factors:
     pp_hidden_fraction: float = 0.8
     kernel_s: float = 3e-6
     host_op_s: float = 9e-6
+    module_host_s: float = 90e-6
     routing_sync_s: float = 100e-6
     checkpoint_sync_s: float = 4e-3
     step_overhead_s: float = 0.02

@@ -35,6 +35,7 @@ class Slice:
     routed_tokens: Floats
     seq_len: int
     spans: Spans
+    hierarchical_cp: tuple[int, ...] | None = None
 
     def op_tokens(self, where: Where) -> Floats:
         """Return the tokens an op runs on: whole inside a TP region, divided between regions."""
@@ -83,9 +84,15 @@ def slices(model: Model, cluster: Cluster, job: Job, x: Layouts) -> Slice:
         routed_tokens=sp_tokens * max(model.topk, 1) * etp * capacity,
         seq_len=job.seq_len,
         spans=spans(x, cluster),
+        hierarchical_cp=x.hierarchical_cp,
     )
 
 
 def is_ring(cp_comm: Ints) -> Ints:
     """Return 1 where context parallelism passes keys and values round a ring."""
     return ((cp_comm == CpComm.p2p) | (cp_comm == CpComm.a2a_p2p)).astype(np.int64)
+
+
+def is_all_to_all(cp_comm: Ints) -> Ints:
+    """Return 1 where context parallelism exchanges heads."""
+    return ((cp_comm == CpComm.a2a) | (cp_comm == CpComm.a2a_p2p)).astype(np.int64)

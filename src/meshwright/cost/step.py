@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost.blocks import (
+    COMPUTE,
     NUM_KINDS,
     RECOMPUTE,
     BlockSeconds,
@@ -31,6 +32,7 @@ from meshwright.cost.data_parallel import (
 )
 from meshwright.cost.factors import Factors, factors_of
 from meshwright.cost.memory import (
+    BlockBytes,
     BytesPerParam,
     Placeholders,
     block_bytes,
@@ -109,6 +111,8 @@ def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors
     if job.task == "lora":
         trained = trained_params_per_rank(model, job, found.rows)
     forward, backward = _stack(seconds)
+    if job.execution.offloaded_modules or job.execution.activation_offload_layers:
+        add_offload_waits_s(model, cluster, job, sizes, forward, backward)
     return Priced(
         facts=layer_facts(model),
         inverse=found.inverse,
@@ -135,6 +139,30 @@ def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors
         * job.precision.param_bytes,
         is_full=(found.rows.recompute & int(Recompute.full)) != 0,
     )
+
+
+def add_offload_waits_s(
+    model: Model,
+    cluster: Cluster,
+    job: Job,
+    sizes: list[BlockBytes],
+    forward: Floats,
+    backward: Floats,
+) -> None:
+    """Add to compute [D, K, kinds] what moving activations to the host and back does not hide.
+
+    max(bytes / host link - seconds of the block, 0) either way: a block's tensors leave while the
+    next one runs and return while the one after it runs backward. Bytes are those of the offloaded
+    modules, or of the share of layers that are offloaded whole. Ref: Megatron-LM,
+    ``fine_grained_activation_offload``; TransformerEngine, ``cpu_offload``. Left out: the same
+    link's other users.
+    """
+    whole = min(job.execution.activation_offload_layers / max(model.num_layers, 1), 1.0)
+    for k, size in enumerate(sizes[: len(model.layer_kinds)]):
+        moved_s = (size.back / 2.0 + whole * size.kept) / cluster.host.bytes_per_s
+        for way in (forward, backward):
+            spare = moved_s - np.einsum("dc->d", way[:, k])
+            way[:, k, COMPUTE] += np.maximum(spare, 0.0)
 
 
 def _stack(seconds: list[BlockSeconds]) -> tuple[Floats, Floats]:

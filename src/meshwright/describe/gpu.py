@@ -39,6 +39,7 @@ class Gpu:
     ``hbm_bytes`` is what the card offers to a process, ``advertised_hbm_bytes`` what its data sheet
     says, whose GB is often a GiB. ``peak_flops_per_s`` holds the dense matmul rate by format (bf16
     fp16 fp8 fp4 tf32 fp32; fp4 is NVFP4 or MXFP4); a format that is absent is not supported.
+    ``exponentials_per_s`` is the rate of the special-function units, which softmax waits for.
     ``peer_bytes_per_s`` is the link to the other GPUs of its domain (NVLink, Infinity Fabric; 0
     where there is none) and ``host_bytes_per_s`` the link to the CPU (PCIe or C2C), both in one
     direction.
@@ -55,6 +56,7 @@ class Gpu:
     hbm_bytes_per_s: float
     peak_flops_per_s: Mapping[str, float] = field(hash=False)
     num_sms: int
+    exponentials_per_s: float
     l2_bytes: int
     power_w: float
     peer: str

@@ -30,8 +30,17 @@ SCALE = 0.04
 PRIOR_WIDTH = 0.5
 """How far, as a logarithm, a factor may move for the price of one run that is off by ``SCALE``."""
 
+CLOCK_WIDTH = 0.1
+"""The same for the clock of one card: what the power law expects of it is seldom far off."""
+
 STEP = 0.02
 """Relative change of a factor by which derivatives are taken."""
+
+INNER_TURNS = 5
+"""How often a linear step is solved again with new weights of the runs."""
+
+LONGEST_MOVE = 0.4
+"""How far a factor may go in one linear step, as a logarithm."""
 
 
 LIMITS: dict[str, tuple[float, float]] = {
@@ -82,6 +91,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "network_fraction": (0.4, 0.95),
     "all_to_all_fraction": (0.2, 1),
     "dispatch_fraction": (0.2, 1.0),
+    "dispatch_token_bytes": (100, 2e4),
     "collective_s": (3e-06, 4e-05),
     "tp_hidden_fraction": (0.1, 0.95),
     "ep_hidden_fraction": (0.1, 0.98),
@@ -171,17 +181,16 @@ def fit(
 ) -> Factors:
     """Return the factors that explain the runs best."""
     prior = np.log([value_of(start, n) for n in names])
-    at = prior.copy()
+    at, room, damping = prior.copy(), room_of(names), damping_of(names)
     factors, errors = start, log_errors(runs, start)
     for turn in range(iterations):
         slopes = slopes_of(runs, factors, names, errors)
-        weights = 1.0 / np.sqrt(1.0 + (errors / SCALE) ** 2) / SCALE**2
-        damping = np.full(len(names), 1.0 / PRIOR_WIDTH**2)
-        left = np.einsum("ri,r,rj->ij", slopes, weights, slopes) + np.diag(damping)
-        right = -np.einsum("ri,r,r->i", slopes, weights, errors) - damping * (at - prior)
-        move = np.clip(_solved(left, right), -0.4, 0.4)
+        move = np.zeros(len(names))
+        for _ in range(INNER_TURNS):
+            now = errors + np.einsum("ri,i->r", slopes, move)
+            move = move + _linear_move(now, slopes, at + move - prior, room - at - move, damping)
         factors, at, errors = _best_move(runs, start, names, at, move, errors, prior)
-        progress(f"{turn + 1}: loss {_loss(errors, at, prior):.1f}, {describe(errors)}")
+        progress(f"{turn + 1}: loss {_loss(errors, at - prior, damping):.1f}, {describe(errors)}")
     return factors
 
 
@@ -197,34 +206,64 @@ def prior_of(factors: Factors, name: str) -> float:
     return value_of(factors, name) if key else value_of(Factors(), name)
 
 
+def room_of(names: Sequence[str]) -> Floats:
+    """Return the logarithms of the limits of factors, [2, names]."""
+    return np.log(np.asarray([LIMITS[n] for n in names]).T)
+
+
+def damping_of(names: Sequence[str]) -> Floats:
+    """Return the weight of each factor's pull towards its prior."""
+    clocks = np.asarray([n.startswith("clock_fraction") for n in names])
+    return 1.0 / np.where(clocks, CLOCK_WIDTH, PRIOR_WIDTH) ** 2
+
+
 def left_out_errors(
-    errors: Floats, slopes: Floats, folds: Sequence[str], away: Floats, turns: int = 5
+    errors: Floats, slopes: Floats, folds: Sequence[str], factors: Factors, names: Sequence[str]
 ) -> Floats:
     """Return the log errors that runs would have with their own fold left out of the fit.
 
-    For every fold the normal equations are solved again without its runs, from the fitted factors
-    and with predictions linear in the logarithms of the factors. ``away`` is log(prior / fitted)
-    of each factor: what the runs that remain do not inform goes back to its prior. Left out: what
-    second derivatives would change, and that formulas were chosen with all runs in sight.
+    For every fold the fit is solved again without its runs, from ``factors`` as fitted and with
+    predictions linear in the logarithms of the factors ``names``, within the same limits. What the
+    runs that remain do not inform goes back to its prior. Left out: what second derivatives would
+    change, and that formulas were chosen with all runs in sight.
     """
     out = errors.copy()
-    names = np.asarray(folds)
+    of_run, damping = np.asarray(folds), damping_of(names)
+    at = np.log([value_of(factors, n) for n in names])
+    away = at - np.log([prior_of(factors, n) for n in names])
+    room = room_of(names) - at
     for fold in dict.fromkeys(folds):
-        kept = names != fold
+        kept = of_run != fold
         move = np.zeros(slopes.shape[1])
-        for _ in range(turns):
-            move = move + _linear_move(errors[kept], slopes[kept], move, away)
+        for _ in range(INNER_TURNS):
+            now = errors[kept] + np.einsum("ri,i->r", slopes[kept], move)
+            move = move + _linear_move(now, slopes[kept], away + move, room - move, damping)
         out[~kept] = errors[~kept] + np.einsum("ri,i->r", slopes[~kept], move)
     return out
 
 
-def _linear_move(errors: Floats, slopes: Floats, move: Floats, away: Floats) -> Floats:
-    now = errors + np.einsum("ri,i->r", slopes, move)
-    weights = 1.0 / np.sqrt(1.0 + (now / SCALE) ** 2) / SCALE**2
-    damping = np.full(slopes.shape[1], 1.0 / PRIOR_WIDTH**2)
+def _linear_move(
+    errors: Floats, slopes: Floats, away: Floats, room: Floats, damping: Floats
+) -> Floats:
+    """Return the step of the factors that fits best while predictions are linear in it.
+
+    ``away``: how far each is from its prior; ``room`` [2, factors]: how far it may go either way.
+    A factor that would leave its limits stays at the limit, and the rest are solved again.
+    """
+    weights = 1.0 / np.sqrt(1.0 + (errors / SCALE) ** 2) / SCALE**2
     left = np.einsum("ri,r,rj->ij", slopes, weights, slopes) + np.diag(damping)
-    right = -np.einsum("ri,r,r->i", slopes, weights, now) - damping * (move - away)
-    return np.clip(_solved(left, right), -0.4, 0.4)
+    right = -np.einsum("ri,r,r->i", slopes, weights, errors) - damping * away
+    low, high = np.maximum(room[0], -LONGEST_MOVE), np.minimum(room[1], LONGEST_MOVE)
+    move, free = np.zeros(len(right)), np.ones(len(right), dtype=np.bool_)
+    while free.any():
+        rest = right[free] - np.einsum("ij,j->i", left[np.ix_(free, ~free)], move[~free])
+        move[free] = _solved(left[np.ix_(free, free)], rest)
+        beyond = free & ((move < low) | (move > high))
+        if not beyond.any():
+            break
+        move = np.clip(move, low, high)
+        free &= ~beyond
+    return move
 
 
 def _solved(left: Floats, right: Floats) -> Floats:
@@ -255,22 +294,21 @@ def _best_move(
     prior: Floats,
 ) -> tuple[Factors, Floats, Floats]:
     """Return the state after the longest of some fractions of ``move`` that lowers the loss."""
-    before = _loss(errors, at, prior)
-    low = np.log([LIMITS[n][0] for n in names])
-    high = np.log([LIMITS[n][1] for n in names])
+    room, damping = room_of(names), damping_of(names)
+    before = _loss(errors, at - prior, damping)
     for fraction in (1.0, 0.5, 0.2):
-        there = np.clip(at + fraction * move, low, high)
+        there = np.clip(at + fraction * move, room[0], room[1])
         factors = with_values(start, dict(zip(names, np.exp(there).tolist(), strict=True)))
         found = log_errors(runs, factors)
-        if _loss(found, there, prior) < before:
+        if _loss(found, there - prior, damping) < before:
             return factors, there, found
     same = with_values(start, dict(zip(names, np.exp(at).tolist(), strict=True)))
     return same, at, errors
 
 
-def _loss(errors: Floats, at: Floats, prior: Floats) -> float:
+def _loss(errors: Floats, away: Floats, damping: Floats) -> float:
     soft = 2.0 * (np.sqrt(1.0 + (errors / SCALE) ** 2) - 1.0)
-    return float(np.sum(soft) + np.sum(((at - prior) / PRIOR_WIDTH) ** 2))
+    return float(np.sum(soft) + np.sum(damping * away**2))
 
 
 def describe(errors: Floats) -> str:
