@@ -168,6 +168,20 @@ def test_sharding_and_recomputation_are_read() -> None:
     assert run.layout.recompute == Recompute.moe_act | Recompute.layernorm
 
 
+def test_a_bound_on_the_tokens_of_experts_balances_them() -> None:
+    dropped = read_row(row(other_settings=settings(moe_token_drop=True)), MODELS).job.execution
+    assert (dropped.capacity_factor, dropped.forced_balance) == (1.0, True)
+    graphed = read_row(row(other_settings=settings(cuda_graphs=True)), MODELS).job.execution
+    assert graphed.forced_balance
+    assert not read_row(row(), MODELS).job.execution.forced_balance
+
+
+def test_experts_are_split_like_the_rest_where_nemo_is_told_nothing() -> None:
+    cells = row(model="mixtral-8x7b", ep="4", other_settings=settings(framework="NeMo"))
+    assert read_row(cells, MODELS).layout.etp == 2
+    assert read_row({**cells, "etp": "1"}, MODELS).layout.etp == 1
+
+
 def test_a_pipeline_split_written_as_a_repeat_of_stages_is_read() -> None:
     text = "Et*4|(t*4)x6|t*4L"
     cells = row(pp="8", vpp="1", n_gpus="16", tp="1")

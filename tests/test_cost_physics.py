@@ -310,3 +310,16 @@ def test_modules_of_python_bound_the_step_of_a_small_model() -> None:
     per_layer = (slow / LLAMA.num_layers) * 1e3
     assert 1.5 < per_layer < 4.0
     assert fast < 0.7 * slow
+
+
+def test_running_experts_in_turn_costs_little_with_one_a_rank_and_much_with_many() -> None:
+    def times(model: str, ep: int) -> float:
+        def step_s(*, grouped: bool) -> float:
+            switches = replace(job(grouped_gemm=grouped, cuda_graphs="none"), gbs=512)
+            x = layout(ep=ep, gpus=64)
+            return estimate(load_model(model), load_cluster("64xH200"), switches, x).step_time_s
+
+        return step_s(grouped=False) / step_s(grouped=True)
+
+    assert 0.99 < times("mixtral-8x22b", 8) < 1.05
+    assert times("qwen3-30b-a3b", 8) > 1.2

@@ -132,12 +132,13 @@ def _rerun_share(op: Op, p: Pricing) -> float:
 def _wait_for_host(block: Block, p: Pricing, forward: Floats, backward: Floats) -> None:
     # Without CUDA graphs the host must launch every op; small kernels wait for it.
     graphed = p.job.execution.graphed_modules
-    host, again = np.zeros_like(p.slice.tp), np.zeros_like(p.slice.tp)
+    host: Floats = np.zeros_like(p.slice.tp)
+    again: Floats = np.zeros_like(p.slice.tp)
     for op in block.ops:
         if module_of(op) not in graphed:
             once = _host_s(op, p)
             host += once
-            again += np.where((p.slice.recompute & int(op.rerun)) != 0, once, 0.0)
+            again += ((p.slice.recompute & int(op.rerun)) != 0) * once
     reruns = backward[:, RECOMPUTE].copy()
     forward_s = np.einsum("dk->d", forward)
     backward_s = np.einsum("dk->d", backward) - reruns
@@ -153,16 +154,24 @@ def _wait_for_host(block: Block, p: Pricing, forward: Floats, backward: Floats) 
         forward[:, COMPUTE] += waits * p.factors.routing_sync_s
 
 
-def _host_s(op: Op, p: Pricing) -> Floats:
+def _host_s(op: Op, p: Pricing) -> Floats | float:
     """Return the host's seconds to launch an op and its collectives, forward.
 
     A kernel of eager PyTorch takes ``host_op_s``; a module of Transformer Engine or Megatron, and
     a collective, ``module_host_s``.
     """
-    launches = _launches(op, p) * p.factors.host_op_s
+    times, messages = _times_run(op, p), _messages(op, p)
+    launches = _launches(op, p) * times * p.factors.host_op_s
     if not p.job.execution.transformer_engine:
-        return launches + _messages(op, p) * p.factors.host_op_s
-    return launches + (1.0 + _messages(op, p)) * p.factors.module_host_s
+        return launches + messages * p.factors.host_op_s
+    return launches + (times + messages) * p.factors.module_host_s
+
+
+def _times_run(op: Op, p: Pricing) -> Floats | float:
+    """Return how often the host runs an op: once, or for every expert of the rank."""
+    if op.kind is OpKind.grouped_matmul and not p.job.execution.grouped_gemm:
+        return np.maximum(op.copies / p.slice.ep, 1.0)
+    return 1.0
 
 
 def _launches(op: Op, p: Pricing) -> float:
@@ -174,25 +183,27 @@ def _launches(op: Op, p: Pricing) -> float:
     return once if _is_fused(op, p) else once * p.factors.unfused_traffic
 
 
-def _messages(op: Op, p: Pricing) -> Floats:
+def _messages(op: Op, p: Pricing) -> Floats | float:
     """Return how many collectives the host starts for an op; a ring starts one set a step."""
     s = p.slice
-    ring = RING_LAUNCHES * ring_steps(s) * is_ring(s.cp_comm)
-    started = np.zeros_like(s.tp)
+    started: Floats | float = 0.0
     for comm in op.comm:
+        used = (s.cp if comm.kind.startswith("cp_") else s.tp) > 1
         if comm.kind in ("enter_tp", "exit_tp"):
-            started += s.tp > 1
+            started = started + np.where(used, 1.0, 0.0)
         elif comm.kind == "cp_kv":
-            started += ring + ((s.cp > 1) & (s.cp_comm == CpComm.all_gather))
+            steps = RING_LAUNCHES * ring_steps(s)
+            gathers = np.where(used & (s.cp_comm == CpComm.all_gather), 1.0, 0.0)
+            started = started + np.where(is_ring(s.cp_comm) > 0, steps, gathers)
         elif comm.kind == "cp_heads":
-            started += is_all_to_all(s.cp_comm) * (s.cp > 1)
+            started = started + np.where(used & (is_all_to_all(s.cp_comm) > 0), 1.0, 0.0)
     return started
 
 
 RING_LAUNCHES = 4.0
 """Of one step of a ring: send and receive, attention, and two that merge its result."""
 
-_ROUTING_LAUNCHES = {"router": 6.0, "dispatch": 6.0, "combine": 4.0}
+_ROUTING_LAUNCHES = {"router": 15.0, "dispatch": 20.0, "combine": 8.0}
 """Kernels of top-k, probabilities and maps; of sorting, sending and their bookkeeping."""
 
 
@@ -278,17 +289,18 @@ def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     m, k, n = _sides(op, p)
     experts = np.maximum(op.copies / p.slice.ep, 1.0)
     flops_per_s, width = _matmul_precision(op, p)
-    flops_per_s *= p.at.grouped_fraction
-    if not p.job.execution.grouped_gemm:
-        flops_per_s *= p.factors.sequential_experts_fraction
-        launches = (experts - 1.0) * (p.at.kernel_s + p.factors.host_op_s)
+    gradient = _gradient_bytes(p)
+    if p.job.execution.grouped_gemm:
+        flops_per_s = flops_per_s * p.at.grouped_fraction
+        fwd = grouped_matmul_s(experts, m, n, k, flops_per_s, width, p.at)
+        dgrad = grouped_matmul_s(experts, m, k, n, flops_per_s, width, p.at)
+        wgrad = grouped_matmul_s(experts, m, k, n, flops_per_s, width, p.at, gradient)
     else:
-        launches = np.zeros_like(m)
-    fwd = grouped_matmul_s(experts, m, n, k, flops_per_s, width, p.at) + launches
-    dgrad = grouped_matmul_s(experts, m, k, n, flops_per_s, width, p.at) + launches
-    wgrad = launches + grouped_matmul_s(
-        experts, m, k, n, flops_per_s, width, p.at, _gradient_bytes(p)
-    )
+        # One expert after the other, each an ordinary product.
+        rows = m / experts
+        fwd = experts * matmul_s(rows, n, k, flops_per_s, width, p.at)
+        dgrad = experts * matmul_s(rows, k, n, flops_per_s, width, p.at)
+        wgrad = experts * matmul_s(n, k, rows, flops_per_s, width, p.at, gradient)
     # With biases, adding, splitting by expert and activation are kernels of their own; the op
     # fuser joins those forward with their products, and about half of the traffic stays.
     apart = 0.5 if p.job.execution.fused_experts else 1.0

@@ -39,8 +39,7 @@ class Factors:
     ``power_exponent``: how speed falls with the power limit per peak FLOP/s.
     ``usual_w_per_tflops``: that limit of the card that a family's shares refer to (a fact).
     ``clock_fraction``: the clock that a card holds over what the law expects of it.
-    ``power_boost_fraction``: what ``vboost`` adds. ``sequential_experts_fraction``: speed of
-    experts that run one after the other, over that of a grouped product.
+    ``power_boost_fraction``: what ``vboost`` adds.
     Links. ``link_fraction``, ``pcie_fraction``, ``network_fraction``: share of NVLink, of PCIe
     between GPUs and of network bandwidth that collectives reach; ``all_to_all_fraction`` the same
     for all-to-alls, ``dispatch_fraction`` for the kernels of DeepEP and HybridEP.
@@ -61,7 +60,6 @@ class Factors:
     attention_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
     attention_backward_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
     grouped_matmul_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
-    sequential_experts_fraction: float = 0.85
     usual_w_per_tflops: Mapping[str, float] = field(default_factory=dict[str, float])
     clock_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
     softmax_share: float = 0.3

@@ -63,7 +63,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "attention_backward_fraction.hopper.flash2": (0.1, 0.9),
     "attention_backward_fraction.blackwell": (0.1, 0.9),
     "attention_backward_fraction.blackwell.flash2": (0.05, 0.9),
-    "sequential_experts_fraction": (0.5, 1),
     "clock_fraction.B200-SXM-180GB": (0.8, 1.2),
     "clock_fraction.GB300-288GB": (0.8, 1.2),
     "clock_fraction.B300-SXM-288GB": (0.8, 1.2),
@@ -97,12 +96,24 @@ LIMITS: dict[str, tuple[float, float]] = {
     "ep_hidden_fraction": (0.1, 0.98),
     "dp_contention_fraction": (0.01, 0.6),
     "kernel_s": (1e-06, 8e-06),
-    "host_op_s": (3e-06, 4e-05),
+    "host_op_s": (3e-06, 1.2e-05),
     "routing_sync_s": (5e-06, 0.0005),
     "step_overhead_s": (0.002, 0.1),
     "straggler_fraction": (0.0005, 0.03),
 }
 """The factors that are fitted, and what each may be physically."""
+
+_OF_EXPERTS = (
+    "grouped_matmul_fraction",
+    "grouped_half_rows",
+    "biased_experts_passes",
+    "imbalance_fraction",
+    "all_to_all_fraction",
+    "dispatch_fraction",
+    "dispatch_token_bytes",
+    "ep_hidden_fraction",
+    "routing_sync_s",
+)
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,8 @@ def reads(run: Run, name: str) -> bool:
     """Return whether a run's price can depend on a factor: another family's share cannot."""
     head, _, key = name.partition(".")
     gpu = run.cluster.gpu
+    if head in _OF_EXPERTS and not run.model.is_moe:
+        return False
     if head == "clock_fraction":
         return gpu.name == key
     return not key or gpu.architecture.lower().startswith(key.partition(".")[0])

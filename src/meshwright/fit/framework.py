@@ -58,7 +58,13 @@ FRAMEWORKS = (
         fused_wgrad_accumulation=False,
         overlap_pp=False,
     ),
-    Framework(name="nemo", overlap_tp=True, cross_entropy="vendor", reduces_in_fp32=False),
+    Framework(
+        name="nemo",
+        overlap_tp=True,
+        cross_entropy="vendor",
+        reduces_in_fp32=False,
+        expert_tensor_is_tensor=True,
+    ),
     Framework(name="megatron-lm", overlap=False, expert_tensor_is_tensor=True),
     Framework(name="megatron-bridge", cross_entropy="vendor", reduces_in_fp32=False),
 )

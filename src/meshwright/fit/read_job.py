@@ -233,7 +233,9 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
             default=False,
         )
         or capacity is not None
-        or s.flag("moe_token_drop", default=False),
+        or s.flag("moe_token_drop", default=False)
+        # A graph of the whole step has fixed shapes: what an expert gets is cut and padded.
+        or graphs == "full",
         capacity_factor=_capacity(s),
         shared_expert_overlap=s.flag("moe_shared_expert_overlap", default=False),
         recompute_every_second_matmul=by_op,
@@ -340,7 +342,8 @@ def _cross_entropy(s: Settings, framework: Framework) -> CrossEntropy:
 def _capacity(s: Settings) -> float | None:
     """Return the factor that token counts are padded to, where a run pads them."""
     if s.find("moe_expert_capacity_factor") is None:
-        return None
+        # Megatron-Bridge's switch pads to a capacity of 1.
+        return 1.0 if s.flag("moe_token_drop", default=False) else None
     if not s.flag("moe_pad_expert_input_to_capacity", default=True):
         return None
     return _fraction(s, "moe_expert_capacity_factor") or None
