@@ -103,6 +103,22 @@ def test_no_legal_layout_is_an_error_that_says_the_rules() -> None:
 
 
 @pytest.mark.parametrize(
+    ("framework", "task", "fix", "field"),
+    [
+        ("megatron-lm", "lora", (), "job.task"),
+        ("torchtitan", "pretrain", ("cp=2", "cp_comm=p2p"), "layout.cp_comm"),
+    ],
+)
+def test_a_framework_that_can_run_nothing_that_fits_says_why(
+    framework: str, task: str, fix: tuple[str, ...], field: str
+) -> None:
+    job = api.job(MODEL, 8192, 64, task=task)
+    with pytest.raises(LayoutError, match=f"most often for {field}: ") as caught:
+        api.plan(MODEL, CLUSTER, job, framework=framework, fix=fix)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
     ("change", "field"),
     [({"tp": 32}, "layout.tp"), ({"pp": 3}, "layout.pp"), ({"mbs": 128}, "job.gbs")],
 )

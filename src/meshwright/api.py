@@ -17,6 +17,7 @@ from meshwright.describe.job import job as make_job
 from meshwright.describe.model import Model
 from meshwright.describe.models import known_models, load_model
 from meshwright.errors import LayoutError, MeshwrightError, did_you_mean
+from meshwright.findings import Finding
 from meshwright.parallel.layout import (
     SCHEDULE_TEXT,
     Layout,
@@ -27,7 +28,7 @@ from meshwright.parallel.layout import (
 from meshwright.parallel.mesh import rank_groups
 from meshwright.plans import Plan, Plans, estimate_plan
 from meshwright.plans import plan as _plan
-from meshwright.search import Accepts, Progress, read_space
+from meshwright.search import Progress, Refuses, read_space
 from meshwright.units import parse
 from meshwright.why_not import WhyNot
 from meshwright.why_not import why_not as _why_not
@@ -124,22 +125,22 @@ def plan(
         space=read_space(fix),
         max_memory_bytes=limit,
         with_pareto=pareto,
-        accepts=None if framework is None else _runs_on(framework, model, cluster, job),
+        refuses=None if framework is None else _refusals_of(framework, model, cluster, job),
         progress=progress,
     )
 
 
-def _runs_on(framework: str, model: Model, cluster: Cluster, job: Job) -> Accepts:
+def _refusals_of(framework: str, model: Model, cluster: Cluster, job: Job) -> Refuses:
     from meshwright.frameworks import FRAMEWORKS, unsupported
 
     if framework not in FRAMEWORKS:
         remedy = did_you_mean(framework, FRAMEWORKS)
         raise MeshwrightError("framework", framework, "It is not a known framework.", remedy)
 
-    def accepts(layout: Layout[int]) -> bool:
-        return not unsupported(model, cluster, job, layout, framework)
+    def refuses(layout: Layout[int]) -> list[Finding]:
+        return unsupported(model, cluster, job, layout, framework)
 
-    return accepts
+    return refuses
 
 
 def estimate(model: Model, cluster: Cluster, job: Job, layout: str | Layout[int]) -> Plan:

@@ -17,7 +17,7 @@ from meshwright.describe.model import Model
 from meshwright.errors import LayoutError
 from meshwright.findings import Finding
 from meshwright.parallel.layout import Layout, table, to_dict, to_text
-from meshwright.search import Accepts, Found, Progress, Ranked, Space, search
+from meshwright.search import Found, Progress, Ranked, Refuses, Space, search
 from meshwright.starting_points import layouts
 from meshwright.units import format_bytes, format_s
 
@@ -158,7 +158,7 @@ def plan(
     space: Space | None = None,
     max_memory_bytes: float | None = None,
     with_pareto: bool = False,
-    accepts: Accepts | None = None,
+    refuses: Refuses | None = None,
     progress: Progress | None = None,
 ) -> Plans:
     """Search for the ``top`` fastest layouts that fit and explain them.
@@ -166,7 +166,9 @@ def plan(
     When nothing fits, ``plans`` is empty, ``closest`` is the layout that misses by least and
     ``smallest_cluster`` the smallest cluster of the same GPUs on which a layout fits.
 
-    Raises ``LayoutError`` when no layout at all is legal.
+    ``refuses`` says why a layout may be no answer, as that a framework cannot run it.
+
+    Raises ``LayoutError`` when no layout at all is legal, or all that fit are refused.
     """
     found = search(
         model,
@@ -176,17 +178,18 @@ def plan(
         space=space,
         max_memory_bytes=max_memory_bytes,
         with_pareto=with_pareto,
-        accepts=accepts,
+        refuses=refuses,
         progress=progress,
     )
     if found.closest is None:
         raise _nothing_legal(model, cluster, job, space)
-    if found.fit and not found.best:
+    if found.refused is not None and not found.best:
+        why = found.refused
         raise LayoutError(
             "plan",
             f"{found.fit:,} layouts that fit",
-            "None of them is one that the framework can run.",
-            "Leave --for out to see them, or loosen the limits.",
+            f"The framework can run none of them, most often for {why.field}: {why.rule}",
+            why.remedy or "Leave the framework out to see them, or loosen the limits.",
         )
     starts = _starting_plans(model, cluster, job)
     plans = [estimate_plan(model, cluster, job, r.layout) for r in found.best]

@@ -5,16 +5,16 @@ Exact: a row is simulated unless its lower bound is already worse than the k-th 
 ranks it.
 """
 
-from meshwright.search.best_first import Accepts, Found, Progress, Ranked, search
+from meshwright.search.best_first import Found, Progress, Ranked, Refuses, search
 from meshwright.search.candidates import candidate_tables
 from meshwright.search.space import LIMITED, Space, read_space
 
 __all__ = [
     "LIMITED",
-    "Accepts",
     "Found",
     "Progress",
     "Ranked",
+    "Refuses",
     "Space",
     "candidate_tables",
     "read_space",

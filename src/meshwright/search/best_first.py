@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,14 +18,16 @@ from meshwright.cost.step import Table, bounds, price, price_rows, simulated_ste
 from meshwright.describe.cluster import Cluster
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
+from meshwright.findings import Finding
 from meshwright.parallel.layout import Layout, Layouts, concatenate, num_rows, row, take
 from meshwright.search.candidates import candidate_tables
 from meshwright.search.space import Space
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, of how many)."""
+Refuses = Callable[[Layout[int]], Sequence[Finding]]
+"""Says why a layout may be no answer; nothing when it may."""
 Accepts = Callable[[Layout[int]], bool]
-"""Says whether a layout may be an answer."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Found:
     among layouts that fit, cheapest memory first. ``closest`` is the layout with the lowest peak.
     ``candidates`` were enumerated, ``legal`` passed the rules, ``fit`` fit in memory,
     ``simulated`` were simulated, in ``seconds``. ``limit_bytes`` is what a rank may hold at most.
+    ``refused`` is the commonest reason why layouts better than the last of ``best`` are no answer.
     """
 
     best: list[Ranked]
@@ -55,6 +59,7 @@ class Found:
     simulated: int
     seconds: float
     limit_bytes: float
+    refused: Finding | None = None
 
 
 def search(
@@ -66,13 +71,13 @@ def search(
     space: Space | None = None,
     max_memory_bytes: float | None = None,
     with_pareto: bool = False,
-    accepts: Accepts | None = None,
+    refuses: Refuses | None = None,
     factors: Factors | None = None,
     progress: Progress | None = None,
 ) -> Found:
     """Return the ``top`` fastest layouts that fit, exactly, and what was looked at.
 
-    ``accepts`` narrows the top to layouts that, say, a framework can run.
+    ``refuses`` narrows the top to layouts that, say, a framework can run.
 
     A layout fits when its peak stays clear of ``max_memory_bytes`` (default: the capacity) by the
     memory model's error band; where none does, layouts inside the band count as well.
@@ -94,12 +99,36 @@ def search(
         fits = peak <= limit
     rows = np.flatnonzero(fits)
     order = rows[np.lexsort((peak[rows], bound[rows]))]
-    best, simulated = _best_first(parts, order, bound, peak, top, accepts, report)
+    refused: list[Finding] = []
+    best, simulated = _best_first(parts, order, bound, peak, top, _gate(refuses, refused), report)
     front = _pareto(parts, rows, bound, peak, best) if with_pareto and len(rows) else []
     lowest = int(np.lexsort((bound, peak))[0])
     closest = _ranked(parts, lowest, _simulate(parts, np.array([lowest]))[0], peak)
     seconds = time.perf_counter() - began
-    return Found(best, front, closest, candidates, legal, len(rows), simulated, seconds, limit)
+    why = _commonest(refused)
+    fit = len(rows)
+    return Found(best, front, closest, candidates, legal, fit, simulated, seconds, limit, why)
+
+
+def _gate(refuses: Refuses | None, refused: list[Finding]) -> Accepts | None:
+    """Return a test of layouts that notes why they are refused."""
+    if refuses is None:
+        return None
+
+    def accepts(layout: Layout[int]) -> bool:
+        found = refuses(layout)
+        refused.extend(found)
+        return not found
+
+    return accepts
+
+
+def _commonest(refused: list[Finding]) -> Finding | None:
+    counts = Counter((f.field, f.rule) for f in refused)
+    if not counts:
+        return None
+    most = counts.most_common(1)[0][0]
+    return next(f for f in refused if (f.field, f.rule) == most)
 
 
 def _silent(what: str, done: int, of: int) -> None:
