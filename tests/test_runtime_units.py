@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.describe.models import build_model, load_config, load_model
-from meshwright.errors import MeshwrightError
 from meshwright.parallel.layout import Pipeline, from_text, layout
 from meshwright.parallel.pipeline import build_schedule
 from meshwright.runtime.attention import (
@@ -27,7 +26,6 @@ from meshwright.runtime.context_parallel import positions
 from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.expert_parallel import grouped_linear
 from meshwright.runtime.groups import Group, cp_levels
-from meshwright.runtime.legality import check_runnable
 from meshwright.runtime.optimizer import OptimizerSettings
 from meshwright.runtime.parameters import Box, initial_values
 from meshwright.runtime.pipeline_parallel import message_of
@@ -189,28 +187,6 @@ def test_every_message_of_a_schedule_has_one_sender_and_one_use(
     for (kind_, stage, _), to in sent:
         assert schedule.rank_of_stage[stage] == to
         assert stage > 0 if kind_ == "F" else stage < pp * vpp - 1
-
-
-@pytest.mark.parametrize(
-    ("text", "seq_len", "gbs", "field"),
-    [
-        ("tp=3", 32, 8, "layout.tp"),
-        ("tp=16", 32, 8, "layout.tp"),
-        ("ep=2", 32, 8, "layout.ep"),
-        ("etp=2", 32, 8, "layout.etp"),
-        ("cp=16 cp_comm=a2a", 32, 8, "layout.cp"),
-        ("cp=2", 30, 8, "job.seq_len"),
-        ("dp=3", 32, 8, "job.gbs"),
-        ("pp=3", 32, 9, "layout.pp"),
-    ],
-)
-def test_what_does_not_divide_is_refused_with_a_remedy(
-    text: str, seq_len: int, gbs: int, field: str
-) -> None:
-    with pytest.raises(MeshwrightError) as refused:
-        check_runnable(STRUCTURES["qwen3"], from_text(text), seq_len=seq_len, gbs=gbs)
-    assert refused.value.field == field
-    assert refused.value.remedy
 
 
 def test_the_most_square_split_is_the_default_of_hierarchical_context_parallelism() -> None:

@@ -101,10 +101,18 @@ PAIRS = [
     ("balanced", "tp=2 dp=2 ep=4 zero=optim_grads_params recompute=full"),
     ("deepseek_v3", "tp=2 pp=2 vpp=2 ep=2 etp=1 schedule=zb_v zero=optim_grads_params"),
 ]
+# PyTorch's own engine dies or is silently wrong on these (pytorch issue 144530 and kin).
+UPSTREAM_WRONG = [
+    ("default", "pp=2 dp=2 zero=no_shard"),
+    ("qwen3", "pp=2 vpp=2 schedule=zb_v dp=2 zero=no_shard"),
+    ("default", "pp=2 vpp=2 schedule=zb_v dp=2 zero=optim_grads_params recompute=full"),
+    ("qwen2_moe", "pp=2 schedule=zb_h1 ep=2 dp=2 zero=optim_grads_params"),
+    ("default", "pp=4 schedule=gpipe dp=2 zero=optim_grads_params"),
+]
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("model", "layout"), ALONE + PAIRS)
+@pytest.mark.parametrize(("model", "layout"), ALONE + PAIRS + UPSTREAM_WRONG)
 def test_a_layout_trains_exactly_as_one_process(model: str, layout: str) -> None:
     report = verify(layout, STRUCTURES.get(model), dtype="float64", timeout_s=60.0)
     assert report.ok, (report.max_loss_diff, report.max_grad_diff, report.worst)

@@ -145,7 +145,7 @@ def _is_unknown(layer: Layer) -> bool:
 
 
 def _activation(family: Family, values: Mapping[str, Any]) -> Activation:
-    """Read what gates feed-forward networks; Gemma's "gelu" has always meant the tanh form."""
+    """Read what gates feed-forward networks; "gelu" in Gemma 1 has always meant the tanh form."""
     if family.activation == "clamped_swish":
         for key, known in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
             if values.get(key, known) != known:
@@ -154,7 +154,7 @@ def _activation(family: Family, values: Mapping[str, Any]) -> Activation:
         return family.activation
     key = "hidden_activation" if "hidden_activation" in values else "hidden_act"
     word = values.get(key)
-    if word is None or (family.offset_norms and word == "gelu"):
+    if word is None or (family.offset_norms and key == "hidden_act" and word == "gelu"):
         return family.activation
     if word not in ACTIVATIONS:
         known = " or ".join(ACTIVATIONS)
