@@ -122,6 +122,9 @@ def train(
         str | None,
         typer.Option("--profile-steps", help="First and last step to trace.", show_default="3-5"),
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Run layers through torch.compile (tp=1, cp=1).")
+    ] = False,
     switches: Annotated[
         str, typer.Option("--switches", help='What runs beside compute: "overlap_tp_comm=false".')
     ] = "",
@@ -160,6 +163,7 @@ def train(
             steps=steps,
             dtype=precision,
             execution=execution_from_text(switches),
+            compile="inductor" if compiled else "",
             seed=seed,
             data=DataSettings(
                 sources=tuple(data or ("mock",)),

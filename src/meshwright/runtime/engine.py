@@ -15,6 +15,7 @@ from meshwright.parallel.layout import Layout
 from meshwright.parallel.placement import Placement
 from meshwright.runtime.capacity import token_groups
 from meshwright.runtime.collectives import all_gather, all_reduce
+from meshwright.runtime.compiled import check_compilable, compile_layers
 from meshwright.runtime.context import BUCKET_BYTES, Context, Microbatch
 from meshwright.runtime.context_parallel import positions
 from meshwright.runtime.data_parallel import DataParallel
@@ -51,6 +52,7 @@ class Settings:
     ``execution`` says, in the planner's words, which communication runs beside compute; weights
     whose gradients are reduced together hold at least ``bucket_bytes``. ``capacity_layout`` is the
     layout whose ranks' tokens compete for an expert's capacity, by default the run's own.
+    ``compile`` names the backend of ``torch.compile`` that layers run through, ``""``: none.
     """
 
     seq_len: int
@@ -61,6 +63,7 @@ class Settings:
     direct: bool = True
     execution: Execution = field(default_factory=Execution)
     bucket_bytes: int = BUCKET_BYTES
+    compile: str = ""
     capacity_layout: Layout[int] | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -73,6 +76,8 @@ class Engine:
         self, shape: ModelShape, x: Layout[int], settings: Settings, *, rank: int = 0
     ) -> None:
         check_execution(shape, settings.execution)
+        if settings.compile:
+            check_compilable(x, settings.compile)
         self.shape, self.layout, self.settings = shape, x, settings
         placed, self.schedule = placement_of(shape, x), schedule_of(x, settings.gbs)
         groups = build_groups(
@@ -104,6 +109,8 @@ class Engine:
         self.chunks = self._build_chunks(placed)
         self.dp = DataParallel(self.context, self.chunks)
         self.dp.materialise(settings.device, settings.seed, settings.noise)
+        if settings.compile:
+            compile_layers(self.chunks, settings.compile)
         self.optimizer = Optimizer(self.dp, settings.optimizer)
         self.pipeline = PipelineRunner(self.context, self.chunks, self.schedule, self.dp)
         self.positions = positions(settings.seq_len, groups.cp_inner, groups.cp_outer).to(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from meshwright.describe.gpu import load_gpu
 from meshwright.errors import ClusterError, DocumentError, JobError, LaunchError
 from meshwright.parallel.layout import to_text
+from meshwright.runtime.compiled import check_compilable
 from meshwright.runtime.data_sources import check_data
 from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.launch import join_torchrun, under_torchrun
@@ -44,6 +45,8 @@ def check_settings(settings: TrainSettings) -> None:
     check_data(settings.data)
     _check_profile(settings)
     check_runnable(settings.shape, settings.layout, seq_len=settings.seq_len, gbs=settings.gbs)
+    if settings.compile:
+        check_compilable(settings.layout, settings.compile)
 
 
 def _check_numbers(settings: TrainSettings) -> None:
@@ -118,6 +121,7 @@ def train_rank(rank: int, settings: TrainSettings) -> TrainReport:
             dtype=DTYPES[settings.dtype],
             seed=settings.seed,
             execution=settings.execution,
+            compile=settings.compile,
             optimizer=settings.optimizer,
             device=device,
         ),

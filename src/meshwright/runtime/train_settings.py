@@ -47,7 +47,8 @@ class ProfileSettings:
 class TrainSettings:
     """What to train and how. ``seq_len`` in tokens, ``gbs`` in sequences, folders as paths.
 
-    ``execution`` has the planner's switches of communication beside compute.
+    ``execution`` has the planner's switches of communication beside compute, ``compile`` the
+    backend of ``torch.compile`` for layers (``""``: none).
     ``valid_every`` steps the loss of ``valid_batches`` global batches of held-out data is computed
     (0: never). ``save_every`` 0 saves at the end alone. A run resumes from the newest whole
     checkpoint of ``checkpoints``. ``weights`` is a Hugging Face folder to start from,
@@ -63,6 +64,7 @@ class TrainSettings:
     steps: int
     dtype: str = "fp32"
     execution: Execution = field(default_factory=Execution)
+    compile: str = ""
     seed: int = 1234
     data: DataSettings = field(default_factory=DataSettings)
     valid_every: int = 0
