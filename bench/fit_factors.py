@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +19,12 @@ from typing import Any, cast
 import numpy as np
 
 import meshwright.cost
+from meshwright.cost.columns import Floats
 from meshwright.cost.factors import Factors, fitted
 from meshwright.fit.documents import load_models, load_runs, shipped
 from meshwright.fit.fitting import (
     LIMITS,
+    Measured,
     describe,
     fit,
     left_out_errors,
@@ -54,6 +56,20 @@ def main() -> None:
         path = Path(str(meshwright.cost.__file__)).parent / "factors.toml"
         path.write_text(as_toml(found), encoding="ascii")
         print(f"wrote {path.name}")
+
+
+def held(runs: Sequence[Measured], left_out: Floats, key: str) -> str:
+    """Return the share of runs whose intervals hold what was measured, as text.
+
+    With its GPU type left out (``key`` is "gpu") a run has the interval of one without runs.
+    """
+    widths = [
+        step_time_width(
+            m.run.model, m.run.job, "" if key == "gpu" else m.run.cluster.gpu.name, m.run.assumed
+        )
+        for m in runs
+    ]
+    return f"intervals hold {np.mean(np.abs(left_out) <= np.asarray(widths)):.1%}"
 
 
 def as_toml(factors: Factors) -> str:

@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 
 from meshwright.__main__ import main
 from meshwright.cli import app
+from meshwright.describe.gpu import load_gpu
 from meshwright.errors import DocumentError
 from meshwright.fit.documents import load_models, load_runs, shipped
+from meshwright.fit.fitting import FITTED
+from meshwright.fit.interval import MEASURED_GPUS
 from meshwright.fit.predict import predict
-from meshwright.fit.summary import summarize
+from meshwright.fit.summary import TUNED, summarize
 
 MODELS_FILE = str(shipped("models.json.gz"))
 MODELS = load_models(shipped("models.json.gz"))
@@ -231,3 +234,35 @@ def test_json_holds_every_row_in_order_and_no_nan(tmp_path: Path) -> None:
     answer = json.loads(done.stdout, parse_constant=pytest.fail)
     assert [r["id"] for r in answer["rows"]] == [r["id"] for r in EVERY_KIND]
     assert answer["summary"]["impossible_memory"].keys() == {"p"}
+
+
+def width(**cells: str) -> float:
+    found = predict([row(**cells)], MODELS)[0]
+    assert found.step_time_s and found.low_s and found.high_s
+    assert found.high_s / found.step_time_s == pytest.approx(found.step_time_s / found.low_s)
+    return found.high_s / found.step_time_s
+
+
+def test_an_interval_is_wider_where_less_is_known() -> None:
+    moe = {"model": "qwen3-30b-a3b", "tp": "1", "ep": "8"}
+    forced = '{"moe_router_force_load_balancing": true}'
+    free = '{"moe_router_force_load_balancing": false}'
+    known = width()
+    assert known < width(gpu="H200") < 1.5
+    assert known < width(recompute="")
+    assert known < width(**moe, other_settings=forced) < width(**moe, other_settings=free)
+
+
+def test_the_measured_gpus_are_those_of_the_shipped_runs() -> None:
+    names = {r["gpu"] for r in load_runs(shipped("runs.csv.gz")) if r["quality"] in FITTED}
+    assert {load_gpu(name, nearest=True).name for name in names} == set(MEASURED_GPUS)
+
+
+def test_intervals_hold_their_share_of_the_shipped_runs() -> None:
+    rows = [r for r in load_runs(shipped("runs.csv.gz")) if r["quality"] in TUNED][::4]
+    held = summary(rows)["interval"]
+    assert held["rows"] > 100
+    assert held["held_fraction"] >= held["stated_fraction"] - 0.03
+    rows = [r for r in load_runs(shipped("memory.csv.gz")) if r["peak_memory_stat"]][::3]
+    held = summary(rows)["peak_interval"]
+    assert held["held_fraction"] >= held["stated_fraction"] - 0.05

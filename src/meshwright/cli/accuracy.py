@@ -153,7 +153,7 @@ def _worst(title: str, rows: list[Mapping[str, Any]], name: str) -> Iterator[str
 
 
 def _order_and_interval(summary: Mapping[str, Any]) -> Iterator[str]:
-    order, held = summary["ranking"], summary["interval"]
+    order = summary["ranking"]
     yield ""
     if order["pairs"]:
         yield (
@@ -166,8 +166,10 @@ def _order_and_interval(summary: Mapping[str, Any]) -> Iterator[str]:
         )
     else:
         yield "Ranking: no two layouts of one model, cluster and batch"
-    if held["rows"]:
-        yield (
-            f"Interval: holds the measured step time of {held['held_fraction']:.1%} of "
-            f"{held['rows']} runs ({held['stated_fraction']:.0%} stated)"
-        )
+    for name, what in (("interval", "step time"), ("peak_interval", "peak memory")):
+        held = summary[name]
+        if held["rows"]:
+            yield (
+                f"Interval: holds the measured {what} of {held['held_fraction']:.1%} of "
+                f"{held['rows']} runs ({held['stated_fraction']:.0%} stated)"
+            )

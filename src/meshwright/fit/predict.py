@@ -11,14 +11,9 @@ from meshwright.cost.detail import Estimate, estimate
 from meshwright.cost.factors import Factors, fitted
 from meshwright.cost.memory import statistic_bytes
 from meshwright.errors import MeshwrightError
+from meshwright.fit.interval import PEAK, step_time_width
 from meshwright.fit.measured import MEMORY, TIME, measured
 from meshwright.fit.rows import Run, read_row
-
-HELD_FRACTION = 0.9
-"""The share of runs whose measured step time the interval of a prediction holds."""
-
-INTERVAL_FRACTION = 0.22
-"""Half-width, as a factor, of the interval that holds the measured step time in 9 runs of 10."""
 
 UNFORESEEN = (ArithmeticError, LookupError, TypeError, ValueError)
 """What one row that nobody thought of may raise: it must not take the others with it."""
@@ -30,6 +25,8 @@ Status = Literal["ok", "unsupported", "refused"]
 class Prediction:
     """One row's answer: ``ok`` with figures, or why there are none.
 
+    ``low_s`` to ``high_s`` and ``low_bytes`` to ``high_bytes`` are intervals that hold
+    ``interval.HELD_FRACTION`` of what is measured.
     ``refused``: the row contradicts itself or names what cannot be. ``unsupported``: it is sound,
     but says something that the cost model has no words for.
     """
@@ -43,6 +40,8 @@ class Prediction:
     high_s: float | None = None
     measured_step_time_s: float | None = None
     peak_bytes: float | None = None
+    low_bytes: float | None = None
+    high_bytes: float | None = None
     measured_peak_bytes: float | None = None
     estimate: Estimate | None = None
 
@@ -58,6 +57,8 @@ class Prediction:
             "predicted_step_time_high_s": self.high_s,
             "measured_step_time_s": self.measured_step_time_s,
             "predicted_peak_bytes": self.peak_bytes,
+            "predicted_peak_low_bytes": self.low_bytes,
+            "predicted_peak_high_bytes": self.high_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,
         }
 
@@ -94,13 +95,16 @@ def _predict_row(
         return replace(blank, why=_unforeseen(error))
     if not (0.0 < step_time_s < math.inf and 0.0 < peak_bytes < math.inf):
         return replace(blank, why="The price of this row is no finite number.")
+    width = step_time_width(run.model, run.job, run.cluster.gpu.name, run.assumed)
     return replace(
         blank,
         status="ok",
         step_time_s=step_time_s,
-        low_s=step_time_s / (1.0 + INTERVAL_FRACTION),
-        high_s=step_time_s * (1.0 + INTERVAL_FRACTION),
+        low_s=step_time_s * math.exp(-width),
+        high_s=step_time_s * math.exp(width),
         peak_bytes=peak_bytes,
+        low_bytes=peak_bytes * math.exp(-PEAK[run.statistic]),
+        high_bytes=peak_bytes * math.exp(PEAK[run.statistic]),
         estimate=found,
     )
 

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from meshwright.fit.interval import HELD_FRACTION
 from meshwright.fit.measured import MEMORY, TIME, unusable
-from meshwright.fit.predict import HELD_FRACTION, Prediction
+from meshwright.fit.predict import Prediction
 
 Row = Mapping[str, str]
 Pair = tuple[Row, Prediction]
@@ -65,7 +66,8 @@ def summarize(
         "peak_memory_by_statistic": _table(
             pairs, weighed, memory_error, lambda r: r.get("peak_memory_stat") or ""
         ),
-        "interval": _interval(tuned, models),
+        "interval": _interval(tuned, _time_is_held, models),
+        "peak_interval": _interval(weighed, _peak_is_held, models),
         "ranking": ranking([m for m in timed if _quality(m[0]) in RANKED]),
         "worst_step_time": _worst(tuned, time_error, _times),
         "worst_peak_memory": _worst(weighed, memory_error, _peaks),
@@ -216,9 +218,11 @@ def _reasons(found: Iterable[Prediction]) -> dict[str, int]:
     return dict(counts)
 
 
-def _interval(pairs: Sequence[Pair], models: Mapping[str, Any]) -> dict[str, Any]:
+def _interval(
+    pairs: Sequence[Pair], is_held: Callable[[Prediction], bool], models: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return how often the interval of a prediction holds what was measured."""
-    held = [(row, _holds(p)) for row, p in pairs if p.low_s is not None]
+    held = [(row, is_held(p)) for row, p in pairs]
     return {
         "stated_fraction": HELD_FRACTION,
         "rows": len(held),
@@ -228,8 +232,12 @@ def _interval(pairs: Sequence[Pair], models: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _holds(p: Prediction) -> bool:
+def _time_is_held(p: Prediction) -> bool:
     return (p.low_s or 0.0) <= (p.measured_step_time_s or 0.0) <= (p.high_s or 0.0)
+
+
+def _peak_is_held(p: Prediction) -> bool:
+    return (p.low_bytes or 0.0) <= (p.measured_peak_bytes or 0.0) <= (p.high_bytes or 0.0)
 
 
 def _shares(held: Iterable[tuple[str, bool]]) -> dict[str, float]:
