@@ -32,7 +32,7 @@ from meshwright.fit.fitting import (
     measured_runs,
     slopes_of,
 )
-from meshwright.fit.predict import INTERVAL_FRACTION
+from meshwright.fit.interval import step_time_width
 
 
 def main() -> None:
@@ -50,8 +50,9 @@ def main() -> None:
     slopes = slopes_of(runs, found, names, errors)
     for title, key in (("model", "model"), ("GPU type", "gpu")):
         left_out = left_out_errors(errors, slopes, [row[key] for row in rows], found, names)
-        held = np.mean(np.abs(left_out) <= np.log1p(INTERVAL_FRACTION))
-        print(f"with each {title} left out in turn: {describe(left_out)}, interval {held:.1%}")
+        print(
+            f"with each {title} left out in turn: {describe(left_out)}; {held(runs, left_out, key)}"
+        )
     if wanted.write:
         path = Path(str(meshwright.cost.__file__)).parent / "factors.toml"
         path.write_text(as_toml(found), encoding="ascii")
