@@ -82,7 +82,9 @@ def executed_s(rank: int, kind: int, vpp: int, microbatches: int, forward_s: flo
     groups = build_groups(x, rank, num_kv_heads=1, tied_stages=[0])
     splits = any(action.kind == "W" for action in schedule.ranks[0])
     later = WeightGradients() if splits else None
-    context: Any = SimpleNamespace(groups=groups, aux_losses=[], later=later, execution=Execution())
+    context: Any = SimpleNamespace(
+        groups=groups, aux_losses=[], expert_counts={}, later=later, execution=Execution()
+    )
     nothing: Any = SimpleNamespace(
         before_backward=lambda chunk, *, last: None, after_backward=lambda chunk, *, last: None
     )

@@ -8,7 +8,7 @@ Parameter names are global (``model.layers.17.mlp.up_proj.weight``), whatever th
 # pyright: reportUnknownArgumentType=false, reportIncompatibleMethodOverride=false
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -178,6 +178,8 @@ def call_directly(module: nn.Module, function: Callable[..., Tensor]) -> Callabl
 class Chunk(nn.Module):
     """One model chunk. ``forward`` maps hidden states to hidden states, or to the objective.
 
+    Prediction depths that are computed before the stage of the loss travel to it, normalised,
+    behind the hidden states: ``[(1 + depths) s, b, h]`` (as in Megatron-LM).
     ``losses`` then holds the summed cross-entropy and that of every prediction depth. A rank with
     both ends of the model (V-shaped schedules, no pipeline) has one table for both when tied.
     """
@@ -210,7 +212,12 @@ class Chunk(nn.Module):
     def forward(self, x: Tensor | None, batch: Microbatch) -> Tensor:
         """Return hidden states ``[s, b, h]``, or the objective where the loss sits."""
         x = self.hidden(x, batch)
-        return self._objective(x, batch) if self.plan.loss else x
+        if not self.plan.loss:
+            return torch.cat([x, *self._ahead(x, batch)]) if self.mtp else x
+        if self.mtp:
+            return self._objective(x, self._ahead(x, batch), batch)
+        x, *ahead = x.chunk(1 + self.context.shape.mtp_layers)
+        return self._objective(x, ahead, batch)
 
     def hidden(self, x: Tensor | None, batch: Microbatch) -> Tensor:
         """Return the hidden states after the last layer of the chunk."""
@@ -224,20 +231,25 @@ class Chunk(nn.Module):
         x = self.unit(self.norm, self.norm)(x)
         return self.unit(self.head, self.head.logits)(x)
 
-    def _objective(self, x: Tensor, batch: Microbatch) -> Tensor:
+    def _ahead(self, x: Tensor, batch: Microbatch) -> Iterator[Tensor]:
+        """Yield, depth by depth, the normalised hidden states that predict further tokens."""
+        for depth, layer in enumerate(self.mtp):
+            assert isinstance(layer, MtpLayer)
+            embedded = self.unit(self.embed_tokens, self.embed_tokens.embed)(batch.mtp[depth][0])
+            x = self.unit(layer, layer)(x, embedded, batch)
+            yield self.unit(layer.norm, layer.norm)(x)
+
+    def _objective(self, x: Tensor, ahead: Iterable[Tensor], batch: Microbatch) -> Tensor:
         normed = self.unit(self.norm, self.norm)(x)
         loss_sum = self.unit(self.head, self.head.loss_sum)
         total = loss_sum(normed, batch.labels, batch.mask)
         self.losses = [total.detach()]
         objective = total * batch.loss_scale
-        coefficient = self.context.shape.mtp_loss_coef / max(1, len(self.mtp))
-        for depth, layer in enumerate(self.mtp):
-            assert isinstance(layer, MtpLayer)
-            tokens, labels, mask = batch.mtp[depth]
-            embedded = self.unit(self.embed_tokens, self.embed_tokens.embed)(tokens)
-            x = self.unit(layer, layer)(x, embedded, batch)
-            normed = self.unit(layer.norm, layer.norm)(x)
-            extra = loss_sum(normed, labels, mask)
+        shape = self.context.shape
+        coefficient = shape.mtp_loss_coef / max(1, shape.mtp_layers)
+        for depth, hidden in enumerate(ahead):
+            _, labels, mask = batch.mtp[depth]
+            extra = loss_sum(hidden, labels, mask)
             self.losses.append(extra.detach())
             objective = objective + extra * (coefficient * batch.mtp_scales[depth])
         return objective

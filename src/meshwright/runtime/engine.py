@@ -29,7 +29,7 @@ from meshwright.runtime.pipeline_parallel import Pipeline as PipelineRunner
 from meshwright.runtime.pipeline_parallel import forward_only
 from meshwright.runtime.routing import summed_counts, update_correction_biases
 from meshwright.runtime.shape import ModelShape
-from meshwright.runtime.stages import placement_of, schedule_of, table_ranks
+from meshwright.runtime.stages import placement_of, schedule_of, streams_of, table_ranks
 from meshwright.runtime.tensor_parallel import WeightGradients
 
 
@@ -112,7 +112,10 @@ class Engine:
         if settings.compile:
             compile_layers(self.chunks, settings.compile)
         self.optimizer = Optimizer(self.dp, settings.optimizer)
-        self.pipeline = PipelineRunner(self.context, self.chunks, self.schedule, self.dp)
+        self.streams = streams_of(placed)
+        self.pipeline = PipelineRunner(
+            self.context, self.chunks, self.schedule, self.dp, self.streams
+        )
         self.positions = positions(settings.seq_len, groups.cp_inner, groups.cp_outer).to(
             settings.device
         )
@@ -208,7 +211,8 @@ class Engine:
         """Return the losses (main, MTP) of a global batch, given as to ``step``; no gradient."""
         mask = torch.ones_like(rows[:, 1:]) if mask is None else mask
         counts = self._counts(mask)
-        runner = PipelineRunner(self.context, self.chunks, forward_only(self.schedule), self.dp)
+        schedule = forward_only(self.schedule)
+        runner = PipelineRunner(self.context, self.chunks, schedule, self.dp, self.streams)
         found, aux = runner.run(self._microbatches(rows, mask, counts), self._empty)
         return self._means(found, aux, counts)[0]
 

@@ -11,7 +11,7 @@ higher ranks and one for lower, keep a send from ever standing behind a receive.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -58,8 +58,15 @@ class Mailbox:
     """Messages between pipeline ranks, received in the order in which each peer sends them."""
 
     def __init__(
-        self, schedule: Schedule, groups: Groups, empty: Callable[[], Tensor], *, overlap: bool
+        self,
+        schedule: Schedule,
+        groups: Groups,
+        empty: Callable[[], Tensor],
+        *,
+        overlap: bool,
+        streams: Sequence[int] = (),
     ) -> None:
+        self.streams = streams or (1,) * (len(schedule.rank_of_stage) + 1)
         pp, self.up, self.down = groups.pp, groups.up, groups.down
         self.pp, self.empty, self.overlap = pp, empty, overlap
         self.expected: dict[int, deque[Message]] = {}
@@ -108,6 +115,9 @@ class Mailbox:
         message = self.expected[peer].popleft()
         group = self.down if peer > self.pp.index else self.up
         buffer = self.empty()
+        streams = self.streams[message.stage + (message.kind == "B")]
+        if streams > 1:
+            buffer = buffer.new_empty((streams * len(buffer), *buffer.shape[1:]))
         work = dist.irecv(buffer, self.pp.ranks[peer], group=group.handle)
         self.posted[message] = (buffer, work)
 
@@ -118,11 +128,21 @@ class Mailbox:
 
 
 class Pipeline:
-    """One rank's part of a step: its chunks, driven by its actions."""
+    """One rank's part of a step: its chunks, driven by its actions.
+
+    ``streams`` says how many hidden states enter each stage side by side: one, or one more per
+    prediction depth behind the stage that computes these.
+    """
 
     def __init__(
-        self, context: Context, chunks: list[Chunk], schedule: Schedule, dp: DataParallel
+        self,
+        context: Context,
+        chunks: list[Chunk],
+        schedule: Schedule,
+        dp: DataParallel,
+        streams: Sequence[int] = (),
     ) -> None:
+        self.streams = streams
         self.context, self.chunks, self.schedule, self.dp = context, chunks, schedule, dp
         self.rank = context.groups.pp.index
         self.expert_counts: dict[str, Tensor] = {}
@@ -184,7 +204,9 @@ class _Step:
         self.pipeline, self.batches = pipeline, batches
         context = pipeline.context
         overlap = context.execution.overlap_pp_comm
-        self.mail = Mailbox(pipeline.schedule, context.groups, empty, overlap=overlap)
+        self.mail = Mailbox(
+            pipeline.schedule, context.groups, empty, overlap=overlap, streams=pipeline.streams
+        )
         self.held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self.weight_work: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self.losses: list[Tensor] = []

@@ -26,3 +26,14 @@ def table_ranks(shape: ModelShape, placed: Placement) -> list[int]:
         stages.add(placed.loss_stage)
     stages |= {stage for stage, count in enumerate(placed.mtp_layers) if count}
     return sorted({placed.rank_of_stage[stage] for stage in stages})
+
+
+def streams_of(placed: Placement) -> tuple[int, ...]:
+    """Return how many hidden states enter every stage side by side.
+
+    One; behind a stage that computes prediction depths for a later loss, one more for each.
+    """
+    found = [1]
+    for stage, depths in enumerate(placed.mtp_layers):
+        found.append(found[-1] + (depths if stage != placed.loss_stage else 0))
+    return tuple(found)
