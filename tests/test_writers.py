@@ -216,6 +216,56 @@ def test_a_model_that_is_no_gpt_is_refused_where_its_shape_must_be_written() -> 
     assert unsupported(nameless, None, wanted, x, "verl") == []
 
 
+@pytest.mark.parametrize(
+    ("name", "lack"),
+    [
+        ("bloom-7b1", "attention without rotary positions"),
+        ("deepseek-v3.2", "an indexer"),
+        ("olmoe-1b-7b", "norms of queries and keys"),
+    ],
+)
+def test_a_model_with_more_than_the_flags_say_is_refused_by_name(name: str, lack: str) -> None:
+    """Law: a launch that leaves out what a model has would train another model."""
+    model = meshwright.load_model(name)
+    wanted, x = job(seq_len=2048, gbs=64), from_text("tp=2 dp=4")
+    for framework in ("megatron-lm", "nemo"):
+        assert lack in unsupported(model, None, wanted, x, framework)[0].rule
+    assert unsupported(model, None, wanted, x, "megatron-bridge") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("llama3.1-8b", ["--rotary-base 500000", "--use-rope-scaling", "--norm-epsilon 1e-05"]),
+        ("mixtral-8x7b", ["--rotary-base 1000000"]),
+        ("gpt-oss-20b", ["--softmax-type learnable", "--window-size 128,0"]),
+        ("deepseek-v3", ["--moe-router-group-topk 4", "--rotary-scaling-factor 40.0"]),
+    ],
+)
+def test_a_known_models_own_numbers_are_written(name: str, flags: list[str]) -> None:
+    """Spec: the config.json of the models."""
+    model = meshwright.load_model(name)
+    wanted, x = job(seq_len=4096, gbs=64), from_text("tp=2 dp=4 sp=true")
+    files = launch_files(model, None, wanted, x, "megatron-lm")
+    for flag in flags:
+        assert f"  {flag}\n" in files["run.sh"]
+    again = read_back(files).model()
+    assert again is not None
+    # The 768 biases of gpt-oss's routers have no flag.
+    assert again.num_params == pytest.approx(model.num_params, rel=1e-7)
+    assert again.facts is not None
+    assert model.facts is not None
+    assert [x.mixer for x in again.facts.layers] == [x.mixer for x in model.facts.layers]
+
+
+def test_rollouts_by_vllm_take_no_expandable_segments() -> None:
+    """Spec: vLLM's memory pool, which frees the cache between phases, refuses them."""
+    model = meshwright.load_model("llama3-8b")
+    wanted, x = job(seq_len=4096, gbs=64), from_text("tp=2 dp=4 sp=true")
+    assert "expandable" not in launch_files(model, None, wanted, x, "verl")["run.sh"]
+    assert "expandable" in launch_files(model, None, wanted, x, "skyrl")["run.sh"]
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_written_files_are_as_reviewed(framework: str) -> None:
     """Golden: a change of what is written shows as a diff of these files."""

@@ -60,7 +60,7 @@ MODEL_WORDS: Final = frozenset(
     {
         *("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor", "rope_type"),
         *("layernorm_epsilon", "rotary_scaling_factor", "rotary_interleaved", "no_rope_freq"),
-        *("window_size", "window_attn_skip_freq", "use_rotary_position_embeddings", "mscale"),
+        *("use_rotary_position_embeddings", "mscale"),
         *("mscale_all_dim", "moe_router_topk_scaling_factor", "moe_router_num_groups"),
         *("moe_router_group_topk", "moe_router_score_function", "squared_relu"),
     }
@@ -203,7 +203,7 @@ def plan_words(launch: Launch) -> set[str]:
     return words.seen
 
 
-_READ_ONLY: Final = frozenset({"window_size", "make_vocab_size_divisible_by"})
+_READ_ONLY: Final = frozenset({"make_vocab_size_divisible_by"})
 """Words that a reader understands and no writer writes: they are carried like the rest."""
 
 

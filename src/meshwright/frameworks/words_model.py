@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 from meshwright.describe.decoder import build_decoder
 from meshwright.describe.facts import Attention, Decoder, LatentAttention, Layer, Mlp, Moe
 from meshwright.describe.model import Model
-from meshwright.describe.models import known_names, load_model
+from meshwright.describe.models import known_names, load_config, load_model
 from meshwright.errors import MeshwrightError, ModelError
 from meshwright.frameworks.words import Words, flag, number
 
@@ -157,10 +157,10 @@ def _sizes() -> dict[str, tuple[int | None, ...]]:
 def _decoder(words: Words) -> Decoder:
     layer_ffn, assumed = _ffn(words), list[str]()
     mixer = _mixer(words)
+    num_layers = number(words, "num_layers", 1)
     bias = flag(words, "add_bias_linear", True)
     gated = flag(words, "gated_linear_unit")
     dense = Layer(mixer=mixer, ffn=Mlp(ffn_hidden_size=layer_ffn, gated=gated, bias=bias))
-    num_layers = number(words, "num_layers", 1)
     if num_layers > 65_536:
         rule = "A model has at most 65536 layers."
         raise ModelError("num_layers", num_layers, rule, "Use 65536 or less.")
@@ -168,6 +168,12 @@ def _decoder(words: Words) -> Decoder:
     if words.get("num_moe_experts"):
         moe = Layer(mixer=mixer, ffn=_moe(words, layer_ffn, gated, bias))
         layers = tuple(moe if m else dense for m in _moe_layers(words, num_layers))
+    if isinstance(mixer, Attention) and mixer.window:
+        whole = replace(mixer, window=0)
+        windowed = _windowed_layers(words, num_layers)
+        layers = tuple(
+            x if w else replace(x, mixer=whole) for x, w in zip(layers, windowed, strict=True)
+        )
     rms = words.get("normalization") == "RMSNorm"
     learned = words.get("position_embedding_type") == "learned_absolute"
     dropout = words.get("hidden_dropout")
@@ -220,7 +226,24 @@ def _mixer(words: Words) -> Attention | LatentAttention:
         out_bias=bias,
         qk_norm="head" if flag(words, "qk_layernorm") else "",
         window=first if isinstance(first, int) and 0 < first < 2**31 else 0,
+        sinks=words.get("softmax_type") == "learnable",
     )
+
+
+def _windowed_layers(words: Words, num_layers: int) -> Iterable[bool]:
+    """Return which layers have the window: all, all but every Nth, or as a pattern says."""
+    freq = words.get("window_attn_skip_freq")
+    if isinstance(freq, list | tuple):
+        return _pattern_of("window_attn_skip_freq", cast("Sequence[Any]", freq), num_layers)
+    every = number(words, "window_attn_skip_freq", 0, low=0)
+    return [not every or (layer + 1) % every != 0 for layer in range(num_layers)]
+
+
+def _pattern_of(word: str, freq: Sequence[Any], num_layers: int) -> list[bool]:
+    if len(freq) != num_layers:
+        rule = f"The pattern has one entry for each of the {num_layers} layers."
+        raise ModelError(word, len(freq), rule, f"Write {num_layers} entries.")
+    return [bool(v) for v in freq]
 
 
 def _moe(words: Words, ffn: int, gated: bool, bias: bool) -> Moe:
@@ -240,11 +263,7 @@ def _moe(words: Words, ffn: int, gated: bool, bias: bool) -> Moe:
 def _moe_layers(words: Words, num_layers: int) -> Iterable[bool]:
     freq = words.get("moe_layer_freq")
     if isinstance(freq, list | tuple):
-        pattern = [bool(v) for v in cast("Sequence[Any]", freq)]
-        if len(pattern) != num_layers:
-            rule = f"The pattern has one entry for each of the {num_layers} layers."
-            raise ModelError("moe_layer_freq", len(pattern), rule, f"Write {num_layers} entries.")
-        return pattern
+        return _pattern_of("moe_layer_freq", cast("Sequence[Any]", freq), num_layers)
     every = number(words, "moe_layer_freq", 1)
     return [layer % every == 0 for layer in range(num_layers)]
 
@@ -284,6 +303,7 @@ def model_words(model: Model) -> dict[str, Any]:
         "position_embedding_type": "learned_absolute" if facts.learned_positions else "rope",
         "hidden_dropout": facts.hidden_dropout,
         **_mixer_words(layer),
+        **_window_words(facts),
         **_moe_words(facts, moe),
     }
     if facts.max_seq_len:
@@ -339,6 +359,19 @@ def _mixer_words(layer: Layer) -> dict[str, Any]:
         words["add_qkv_bias"] = True
     if mixer.qk_norm:
         words["qk_layernorm"] = True
+    if mixer.sinks:
+        words["softmax_type"] = "learnable"
+    return words
+
+
+def _window_words(facts: Decoder) -> dict[str, Any]:
+    mixers = [layer.mixer for layer in facts.layers]
+    windows = [m.window if isinstance(m, Attention) else 0 for m in mixers]
+    if not any(windows):
+        return {}
+    words: dict[str, Any] = {"window_size": [max(windows), 0]}
+    if not all(windows):
+        words["window_attn_skip_freq"] = [int(w > 0) for w in windows]
     return words
 
 
@@ -361,6 +394,65 @@ def _moe_words(facts: Decoder, moe: Moe | None) -> dict[str, Any]:
         words["moe_router_enable_expert_bias"] = True
         words["moe_router_score_function"] = "sigmoid"
     return words
+
+
+_BEYOND: Final = {
+    "index_topk": "an indexer that picks what is attended to",
+    "output_gate": "a gate on what attention returns",
+}
+
+
+def beyond_words(model: Model) -> list[str]:
+    """Return what of a model no word here says: a launch that shapes it would train another one."""
+    facts = model.facts
+    if facts is None:
+        return []
+    mixers = {layer.mixer for layer in facts.layers}
+    found = [text for name, text in _BEYOND.items() if any(getattr(m, name, 0) for m in mixers)]
+    softmax = [m for m in mixers if isinstance(m, Attention)]
+    if any(m.qk_norm in ("whole", "weightless") for m in softmax):
+        found.append("norms of queries and keys that span all heads or have no weights")
+    if not facts.learned_positions and any(not m.rope for m in softmax):
+        found.append("attention without rotary positions")
+    if facts.embedding_norm:
+        found.append("a norm after the embedding")
+    if facts.head_bias:
+        found.append("a bias in the output layer")
+    return found
+
+
+def published_words(model: Model) -> dict[str, Any]:
+    """Return words of a known model's config that its shape and cost do not hold.
+
+    Rotary base and scaling, the epsilon of its norms, groups and scale of its router; of another
+    model nothing is known.
+    """
+    if model.name not in known_names() or load_model(model.name).num_params != model.num_params:
+        return {}
+    config = load_config(model.name)
+    words: dict[str, Any] = {
+        word: kind(config[key])
+        for key, (word, kind) in _PUBLISHED.items()
+        if isinstance(config.get(key), int | float) and (model.is_moe or not word.startswith("moe"))
+    }
+    scaling: Any = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type")
+    if kind == "llama3":
+        words |= {"use_rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
+    elif kind == "yarn" and model.is_mla:
+        words |= {"rope_type": "yarn", "rotary_scaling_factor": float(scaling["factor"])}
+        words |= {k: float(scaling[k]) for k in ("mscale", "mscale_all_dim") if k in scaling}
+    return words
+
+
+_PUBLISHED: Final[dict[str, tuple[str, type[int] | type[float]]]] = {
+    "rope_theta": ("rotary_base", int),
+    "rms_norm_eps": ("layernorm_epsilon", float),
+    "routed_scaling_factor": ("moe_router_topk_scaling_factor", float),
+    "n_group": ("moe_router_num_groups", int),
+    "topk_group": ("moe_router_group_topk", int),
+}
+"""A key of a Hugging Face config -> the word and its type."""
 
 
 def unwritable(model: Model) -> MeshwrightError | None:

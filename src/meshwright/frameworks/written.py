@@ -18,6 +18,7 @@ from meshwright.describe.model import Model
 from meshwright.errors import LaunchError, did_you_mean
 from meshwright.findings import Finding
 from meshwright.frameworks.carried import Carried, Unexpanded
+from meshwright.frameworks.words_model import beyond_words
 from meshwright.parallel.layout import DEFAULT_ORDER, Layout, Pipeline, Recompute, Zero, to_text
 
 Launcher = Literal["torchrun", "slurm"]
@@ -122,6 +123,16 @@ def megatron_refusals(target: Target, title: str) -> list[Finding]:
         rule = f"{title} counts replicas of a sharded optimizer; this layout shards none."
         found.append(refusal("layout.dp_replicate", x.dp_replicate, rule, "Use dp_replicate=1."))
     return found
+
+
+def model_refusals(target: Target, title: str) -> list[Finding]:
+    """Return what a model has that a launch which shapes it layer by layer does not say."""
+    rule = f"It has {{}}, which no flag written here gives {title}."
+    remedy = "Use a framework that loads the model by name: megatron-bridge, skyrl or verl."
+    name = target.model.name
+    return [
+        refusal("model", name, rule.format(text), remedy) for text in beyond_words(target.model)
+    ]
 
 
 def _switch_refusals(target: Target, title: str) -> list[Finding]:

@@ -173,8 +173,13 @@ def shape_overrides(model: Model) -> dict[str, Any]:
         words = model_words(model)
     except MeshwrightError:
         return {}
-    words.pop("max_position_embeddings", None)
+    for word in ("max_position_embeddings", *_BY_RECIPE):
+        words.pop(word, None)
     return {f"model.{w}": v for w, v in words.items() if f"model.{w}" in settings()}
+
+
+_BY_RECIPE: Final = ("window_size", "window_attn_skip_freq", "softmax_type")
+"""What a recipe says of its model's attention; a GPT of other layers has no use for it."""
 
 
 def _plain_shape(model: Model) -> dict[str, Any]:

@@ -11,14 +11,16 @@ from meshwright.findings import Finding
 from meshwright.frameworks.carried import Place, Unexpanded, Values, training_of
 from meshwright.frameworks.megatron_lm.arguments import Argument, arguments, by_name
 from meshwright.frameworks.megatron_lm.read import ATTRIBUTES, TITLE, flag_for
+from meshwright.frameworks.overrides_text import text_of
 from meshwright.frameworks.words import job_words, layout_words
-from meshwright.frameworks.words_model import model_words, unwritable
+from meshwright.frameworks.words_model import model_words, published_words, unwritable
 from meshwright.frameworks.written import (
     Target,
     Variable,
     Written,
     megatron_environment,
     megatron_refusals,
+    model_refusals,
     refusal,
 )
 from meshwright.parallel.layout import Zero
@@ -31,6 +33,7 @@ _GROUPS: Final = {
         *("add_bias_linear", "gated_linear_unit", "share_embeddings_and_output_weights"),
         *("hidden_dropout", "multi_latent_attention", "q_lora_rank", "kv_lora_rank"),
         *("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "mtp_num_layers"),
+        *("window_size", "window_attn_skip_freq", "softmax_type"),
     ),
     "MOE_ARGS": (
         *("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq"),
@@ -50,6 +53,7 @@ def unsupported(target: Target) -> list[Finding]:
     problem = unwritable(target.model)
     if problem is not None:
         found.append(refusal("model", target.model.name, problem.rule, problem.remedy))
+    found += model_refusals(target, TITLE)
     if target.job.task == "lora":
         rule = f"{TITLE} trains all weights; it has no LoRA."
         found.append(refusal("job.task", "lora", rule, "Use megatron-bridge, nemo or skyrl."))
@@ -232,6 +236,7 @@ def _training(target: Target) -> list[list[str]]:
             defaults["pretrained_checkpoint"] = Unexpanded("$PRETRAINED")
     if model_words(target.model)["position_embedding_type"] == "rope":
         defaults["rotary_base"] = Unexpanded("$ROTARY_BASE")
+    defaults |= {n: text_of(value) for n, value in published_words(target.model).items()}
     if target.model.is_mla:
         defaults["apply_rope_fusion"] = "false"
     found = {**training_of(target.carried, defaults), **_needed(target.job.execution)}

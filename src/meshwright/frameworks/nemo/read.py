@@ -65,6 +65,7 @@ CONFIG: Final = {
         *("hidden_dropout", "moe_router_enable_expert_bias", "moe_shared_expert_gate"),
         *("masked_softmax_fusion", "gradient_accumulation_fusion", "offload_modules"),
         *("use_transformer_engine_op_fuser", "fine_grained_activation_offloading"),
+        *("window_size", "window_attn_skip_freq", "softmax_type", "moe_router_score_function"),
     )
 }
 REST: Final = {

@@ -11,13 +11,14 @@ from meshwright.findings import Finding
 from meshwright.frameworks.carried import PLAN, Place, Unexpanded, Values, training_of
 from meshwright.frameworks.nemo.read import CLASSES, CONFIG, DDP, OVERLAP, STRATEGY, TITLE
 from meshwright.frameworks.words import job_words, layout_words
-from meshwright.frameworks.words_model import model_words, unwritable
+from meshwright.frameworks.words_model import model_words, published_words, unwritable
 from meshwright.frameworks.written import (
     Target,
     Variable,
     Written,
     megatron_environment,
     megatron_refusals,
+    model_refusals,
     refusal,
 )
 from meshwright.parallel.layout import Zero
@@ -29,6 +30,7 @@ _MODEL_WORDS: Final = (
     *("moe_router_score_function", "moe_pad_expert_input_to_capacity", "moe_z_loss_coeff"),
     *("fp32_residual_connection", "calculate_per_token_loss", "layernorm_epsilon"),
     *("init_method_std", "attention_dropout", "rotary_base"),
+    *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk"),
 )
 TRAINING: Final = {
     "train_iters": "trainer.max_steps",
@@ -62,6 +64,7 @@ def unsupported(target: Target) -> list[Finding]:
     problem = unwritable(target.model)
     if problem is not None:
         found.append(refusal("model", target.model.name, problem.rule, problem.remedy))
+    found += model_refusals(target, TITLE)
     graphs = target.job.execution.cuda_graphs
     if graphs != "none":
         rule = f"{TITLE}'s graphs of single layers are no choice of a plan."
@@ -89,6 +92,7 @@ def write(target: Target) -> Written:
             **{variable.name: f"${variable.name}" for variable in used},
         },
         unset=("CUDA_DEVICE_MAX_CONNECTIONS",) if x.zero > Zero.optim else (),
+        remarks=_remarks(target),
         files={"pretrain.py" if target.job.task == "pretrain" else "finetune.py": program},
     )
 
@@ -147,7 +151,7 @@ _OBJECTS: Final = {"PreTrainingDataModule": "data", "GPTConfig": "model.config"}
 
 def _script(target: Target) -> str:
     words = _words(target)
-    said = training_of(target.carried, _DEFAULTS)
+    said = training_of(target.carried, {**_DEFAULTS, **_published(target)})
     tuned = target.job.task != "pretrain"
     parts = {
         "model": _call(
@@ -167,6 +171,22 @@ def _script(target: Target) -> str:
 
 
 _TOKENIZER: Final = 'os.environ["TOKENIZER_MODEL"]'
+
+
+def _remarks(target: Target) -> list[str]:
+    """Tell what of the model's own configuration a GPT of NeMo has no keyword for."""
+    left = {n: v for n, v in published_words(target.model).items() if n not in _MODEL_WORDS}
+    said = ", ".join(f"{name} = {value}" for name, value in left.items())
+    return (
+        [f"GPTConfig has no keyword for {said}: take the config class of the model."]
+        if left
+        else []
+    )
+
+
+def _published(target: Target) -> dict[str, str]:
+    found = published_words(target.model)
+    return {name: str(value) for name, value in found.items() if name in _MODEL_WORDS}
 
 
 def _words(target: Target) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def write(target: Target) -> Written:
     if x.cp > 1:
         options[f"{_P}.spmd_backend"] = "spmd_types"
     program, name = target.carried.program, target.model.name.lower()
-    module = program.get("--module") or re.split(r"[-.]", name)[0]
+    module = program.get("--module") or _module(name)
     config = program.get("--config") or re.sub(r"[^a-z0-9]+", "_", name)
     assets = f"./assets/hf/{target.model.name}"
     said = _training(target.carried)
@@ -175,6 +175,12 @@ def write(target: Target) -> Written:
         | ({"CUDA_DEVICE_MAX_CONNECTIONS": "32"} if x.tp > 1 else {}),
         remarks=_remarks(target),
     )
+
+
+def _module(name: str) -> str:
+    """Return torchtitan's folder of a model: its family with the version, ``deepseek_v3``."""
+    family = re.match(r"[a-z]+(\d+|-v\d+|-oss)?", name)
+    return (family[0] if family else name).replace("-", "_")
 
 
 def _remarks(target: Target) -> list[str]:

@@ -132,9 +132,16 @@ def write(target: Target) -> Written:
         variables=[
             v for v in _variables(target) if any(f"${v.name}" == value for value in lines.values())
         ],
-        env=megatron_environment(target),
+        env=_environment(target),
         by_ray=True,
     )
+
+
+def _environment(target: Target) -> dict[str, str]:
+    """Return the variables of overlap; vLLM's memory pool refuses expandable segments."""
+    env = megatron_environment(target)
+    env.pop("PYTORCH_CUDA_ALLOC_CONF")
+    return env
 
 
 _DEFAULTS: Final = {

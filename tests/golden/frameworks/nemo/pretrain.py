@@ -48,6 +48,8 @@ if __name__ == "__main__":
                 use_transformer_engine_op_fuser=False,
                 moe_token_dispatcher_type='alltoall',
                 seq_length=4096,
+                rotary_base=1000000,
+                layernorm_epsilon=1e-05,
             ),
             tokenizer=tokenizer,
         ),
