@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from meshwright import api
 from meshwright.describe.job import Execution
 from meshwright.describe.models import build_model
 from meshwright.errors import JobError, LayoutError, MeshwrightError, ModelError
@@ -254,3 +256,12 @@ def test_updates_of_frozen_routers_are_refused() -> None:
     shape = replace(STRUCTURES["balanced"], lora_rank=4)
     with pytest.raises(MeshwrightError, match="frozen"):
         check_runnable(shape, from_text("tp=1"), seq_len=16, gbs=1)
+
+
+def test_verify_takes_the_capacity_that_a_config_asks_for(tmp_path: Path) -> None:
+    config = MIXTURE | {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = api.verify("tp=2 ep=2", model=str(tmp_path))
+    assert report.ok
+    assert report.shape.moe is not None
+    assert report.shape.moe.capacity_factor == 1.0

@@ -15,7 +15,7 @@ from meshwright.describe.gpu import known_gpus, load_gpu
 from meshwright.describe.job import Job
 from meshwright.describe.job import job as make_job
 from meshwright.describe.model import Model
-from meshwright.describe.models import known_models, load_model
+from meshwright.describe.models import known_models, load_config, load_model
 from meshwright.errors import LayoutError, MeshwrightError, did_you_mean
 from meshwright.findings import Finding
 from meshwright.parallel.layout import (
@@ -285,7 +285,8 @@ def verify(
         return verified(layout, dtype=dtype, timeout_s=timeout_s, execution=execution)
     from meshwright.runtime.read_shape import shape_of
 
-    return verified(layout, shape_of(load_model(model)), dtype, timeout_s, execution)
+    shape = shape_of(load_model(model), load_config(model))
+    return verified(layout, shape, dtype, timeout_s, execution)
 
 
 def check_output(path: str) -> None:
