@@ -62,8 +62,9 @@ def did_you_mean(value: str, known: Iterable[str], most: int = 3) -> str:
     if near:
         original = {n.lower(): n for n in names}
         return "Did you mean " + " or ".join(original[n] for n in near) + "?"
-    shown = ", ".join(names[:12])
-    more = len(names) - 12
+    # A list a little longer than that is shown whole.
+    shown = ", ".join(names if len(names) <= 24 else names[:12])
+    more = len(names) - 12 if len(names) > 24 else 0
     return f"Choose from {shown}{f' and {more} more' if more > 0 else ''}."
 
 

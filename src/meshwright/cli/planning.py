@@ -19,9 +19,14 @@ ClusterText = Annotated[
     str,
     typer.Argument(metavar="CLUSTER", help="64xH100, 8x8xH100 (nodes x GPUs) or a TOML file."),
 ]
-SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Tokens of a sequence.")]
+SeqLen = Annotated[
+    int | None, typer.Option("--seq-len", help="Tokens of a sequence.  [default: 4096]")
+]
 GlobalBatchSize = Annotated[
-    int | None, typer.Option("--global-batch-size", help="Sequences of an optimizer step.")
+    int | None,
+    typer.Option(
+        "--global-batch-size", help="Sequences of an optimizer step.  [default: about 4M tokens]"
+    ),
 ]
 PrecisionName = Annotated[
     str, typer.Option("--precision", help="bf16, fp16, fp32, fp8, fp8-mx, nvfp4, ...")
@@ -49,15 +54,22 @@ def plan(
     task: TaskName = "pretrain",
     top: Annotated[int, typer.Option("--top", min=1, max=1000, help="Layouts to show.")] = 5,
     framework: Annotated[
-        str | None, typer.Option("--for", help="Rank what it can run; write its launch files.")
+        str | None,
+        typer.Option(
+            "--for",
+            help="A framework, such as megatron-lm: rank what it can run, write its launch files.",
+        ),
     ] = None,
     launcher: Annotated[str, typer.Option("--launcher", help="torchrun or slurm.")] = "torchrun",
     fix: Annotated[
         list[str] | None,
-        typer.Option("--fix", help='Limit a key: "tp=8", "pp=2..8", "recompute=none,full".'),
+        typer.Option(
+            "--fix", help='Limit a key, any number of times: tp=8, pp=2..8, "zero=optim ep=8,16".'
+        ),
     ] = None,
     max_memory: Annotated[
-        str | None, typer.Option("--max-memory", help='Use at most this, such as "72GB".')
+        str | None,
+        typer.Option("--max-memory", help="Bytes of a GPU to use at most, such as 72GB."),
     ] = None,
     pareto: Annotated[
         bool, typer.Option("--pareto", help="Also show the front of memory against time.")
@@ -143,11 +155,11 @@ def explain(
         str | None, typer.Argument(metavar="[TERM]", help="One term, such as tp_comm_s.")
     ] = None,
     layout: Annotated[
-        str | None, typer.Option("--layout", help="The layout; left out: the best one.")
+        str | None, typer.Option("--layout", help="The layout.  [default: the best one]")
     ] = None,
     why_not: Annotated[
         str | None,
-        typer.Option("--why-not", help='Compare with this change, such as "tp=8 pp=2".'),
+        typer.Option("--why-not", help='Compare with this, such as "tp=8 pp=2" or dp=4.'),
     ] = None,
     seq_len: SeqLen = None,
     global_batch_size: GlobalBatchSize = None,
@@ -187,7 +199,10 @@ def ranks(
 
 def list_known(
     what: Annotated[
-        str, typer.Argument(help="gpus, models, checks, schedules, frameworks or terms.")
+        str,
+        typer.Argument(
+            metavar="WHAT", help="gpus, models, checks, schedules, frameworks or terms."
+        ),
     ],
     json: AsJson = False,
 ) -> None:

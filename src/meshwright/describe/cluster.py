@@ -98,7 +98,7 @@ def load_cluster(text: str) -> Cluster:
     TOML. Raises ``ClusterError`` when the GPU is unknown or the counts cannot be.
     """
     if not isinstance(text, str) or not text.strip():  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ClusterError("cluster", text, "It must be text.", _EXAMPLE)
+        raise ClusterError("cluster", text, "It names no GPUs and no file.", _EXAMPLE)
     if text.rstrip().lower().endswith(".toml") or (len(text) < 4096 and _is_file(text)):
         from meshwright.describe.cluster_document import read_cluster  # pydantic is slow to load
 
@@ -106,7 +106,7 @@ def load_cluster(text: str) -> Cluster:
     match = _TEXT.fullmatch(text)
     if match is None:
         raise ClusterError("cluster", text, "It names no GPUs and no file.", _EXAMPLE)
-    if re.search(r"\w\s*[x*]\s*\d+\s*$", match[3], re.I):
+    if re.search(r"\d\s*[x*]\s*\d+\s*$", match[3], re.I):
         raise ClusterError("cluster", text, "Counts stand before the GPU.", _EXAMPLE)
     if match[1] is None:
         load_gpu(match[3])

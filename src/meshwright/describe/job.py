@@ -207,8 +207,12 @@ class Job:
         for name in ("seq_len", "gbs", "lora_rank"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < 2**40:
+                rule = f"It is a whole number from 1 to {2**40 - 1:,}."
                 raise JobError(
-                    f"job.{name}", value, "It is a whole number of at least 1.", "Use 1 or more."
+                    f"job.{name}",
+                    value,
+                    rule,
+                    "Use fewer." if type(value) is int and value > 1 else "Use 1 or more.",
                 )
         if self.task not in TASKS:
             raise JobError("job.task", self.task, "Unknown task.", did_you_mean(self.task, TASKS))

@@ -58,7 +58,8 @@ def load_model(text: str) -> Model:
     if last is not None and text.count("/") == 1:
         return _known(last)
     if text.endswith(".json") or "/" in text or "\\" in text:
-        raise DocumentError("model", text, "There is no such file.", _name_remedy(path.stem))
+        remedy = "Give a config.json, its folder, or a known name (meshwright list models)."
+        raise DocumentError("model", text, "There is no such file or folder.", remedy)
     raise ModelError("model", text, "No file and no known model has this name.", _name_remedy(text))
 
 

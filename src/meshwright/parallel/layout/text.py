@@ -140,6 +140,9 @@ def _read_value(key: str, value: str) -> Any:
     if key == "recompute":
         return recompute_from_text(value)
     if key == "hierarchical_cp":
+        if not re.fullmatch(r"\d+(x\d+)*", value, re.ASCII):
+            rule = "It is the sizes of the levels, innermost first."
+            raise LayoutError(f"layout.{key}", value, rule, f"Write {key}=2x2.")
         return tuple(_read_integer(key, v) for v in value.split("x"))
     if key in ("order", "pipeline_layout"):
         return value

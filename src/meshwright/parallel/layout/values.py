@@ -17,8 +17,10 @@ def whole_number(field: str, value: object, low: int = 1, high: int = 2**31 - 1)
     if number is None or isinstance(value, bool):
         raise LayoutError(field, value, "It is a whole number.", f"Use {low} or more.")
     if not low <= number <= high:
-        rule = f"It lies between {low} and {high}."
-        raise LayoutError(field, number, rule, f"Use {low if number < low else high}.")
+        rule = f"It is a whole number from {low} to {high:,}."
+        raise LayoutError(
+            field, number, rule, f"Use {low} or more." if number < low else "Use less."
+        )
     return number
 
 
