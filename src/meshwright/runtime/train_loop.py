@@ -141,6 +141,7 @@ class Run:
         rows = own_samples(self.engine, self.samples, self.seen)
         result = self.engine.step(rows.to(self.engine.settings.device), lr=lr)
         signalled, failed, peak_bytes = self._agree()
+        counts = self.engine.expert_tokens() if self.settings.metrics is not None else {}
         self.step += 1
         self.seen += self.settings.gbs
         self.losses.append(result.loss)
@@ -152,6 +153,7 @@ class Run:
             samples=self.seen,
             step_s=time.perf_counter() - start_s,
             peak_bytes=peak_bytes,
+            expert_tokens={name: found.int().tolist() for name, found in counts.items()},
         )
         if failed and self.checkpointer is not None:
             self.checkpointer.wait()
@@ -255,5 +257,8 @@ def _profiler(
     schedule = torch.profiler.schedule(
         wait=max(0, first - 2), warmup=min(1, first - 1), active=last - first + 1, repeat=1
     )
-    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
+    # There is one cycle of steps; torch 2.11 warns that the next one would clear its events.
+    with torch.profiler.profile(
+        schedule=schedule, on_trace_ready=write, acc_events=True
+    ) as profile:
         yield profile.step
