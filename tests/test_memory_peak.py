@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from meshwright.cost.detail import Estimate, estimate
+from meshwright.cost.factors import fitted
 from meshwright.describe.cluster import load_cluster
 from meshwright.describe.decoder import build_decoder
 from meshwright.describe.facts import Attention, Decoder, Layer, Mamba, Mlp
@@ -207,9 +208,10 @@ def test_16_bit_gradients_are_copied_to_fp32_by_the_update_alone() -> None:
 
     def update(stage: dict[str, float]) -> float:
         static = sum(stage[t] for t in ("weights_bytes", "grads_bytes", "optimizer_bytes"))
-        return stage["optimizer_peak_bytes"] / 1.035 - static
+        return stage["optimizer_peak_bytes"] - static
 
-    copies = rank["weights_bytes"] / 2 * 4
+    # The copies come and go, so the allocator keeps blocks of their sizes.
+    copies = rank["weights_bytes"] / 2 * 4 * (1 + fitted().fragmentation_fraction)
     assert update(rank) - update(whole) == pytest.approx(copies, rel=1e-9)
 
 

@@ -53,7 +53,8 @@ class Factors:
     the host; ``step_overhead_s``: what each step waits for beside it; ``straggler_fraction``:
     what each doubling of the nodes adds to a step.
     Memory. ``framework_bytes``: context, libraries and communicators outside the allocator.
-    ``fragmentation_fraction``: allocator blocks that are held but unused, per allocated byte.
+    ``fragmentation_fraction``: allocator blocks that are held but unused, per byte of tensors that
+    live shorter than a micro-batch; ``expandable_fraction`` the same with expandable segments.
     """
 
     matmul_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -96,7 +97,8 @@ class Factors:
     straggler_fraction: float = 0.005
     framework_bytes: float = 1.6e9
     communicator_bytes: float = 2.5e8
-    fragmentation_fraction: float = 0.035
+    fragmentation_fraction: float = 1.0
+    expandable_fraction: float = 0.25
 
     def matmul(self, architecture: str, dtype: str) -> float:
         """Return the share of peak of a large matmul."""

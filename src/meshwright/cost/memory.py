@@ -36,13 +36,16 @@ class BytesPerParam:
 def weights_bytes_per_param(job: Job, x: Layouts) -> BytesPerParam:
     """Weights in compute precision, quantised copies included.
 
-    ZeRO-3 keeps 1/shard of them. Embedding and head are held in 16 bit under every quantised
-    recipe. Ref: Rajbhandari et al., arXiv:1910.02054, section 3; Megatron-LM, ``fp8_utils``
-    (``get_fp8_context`` and fp8 parameters are of Transformer Engine's linear layers alone). Left
-    out: allocator rounding; the layers gathered at one time are ``gathered_weights``.
+    ZeRO-3 keeps 1/shard of them, or none beside their master copy. Embedding and head are held in
+    16 bit under every quantised recipe. Ref: Rajbhandari et al., arXiv:1910.02054, section 3;
+    Megatron-LM, ``fp8_utils`` (fp8 parameters are those of Transformer Engine's linear layers).
+    Left out: allocator rounding; the layers gathered at one time are ``gathered_weights``.
     """
     whole = job.precision.param_bytes + job.precision.param_copy_bytes
     held = _sharded(whole, x, Zero.optim_grads_params)
+    if job.execution.gathers_from_master:
+        whole_only = (x.zero < Zero.optim_grads_params).astype(np.float64)
+        return BytesPerParam(held.dense * whole_only, held.expert * whole_only)
     table = max(job.precision.param_bytes, job.precision.act_bytes)
     if table == whole:
         return held
@@ -393,8 +396,8 @@ def _divisor(op: Op, p: Pricing) -> Floats:
 def framework_bytes(x: Layouts, factors: Factors) -> Floats:
     """Context, libraries and one communicator's buffers per axis larger than 1, [N].
 
-    context + communicator * number of axes, and the share of everything else that the allocator
-    holds beside live tensors. Ref: none; fitted. Left out: growth of NCCL channels with the number
+    context + communicator * number of axes; beside it stands what the allocator holds unused
+    (``spare_fraction``). Ref: none; fitted. Left out: growth of NCCL channels with the number
     of peers.
     """
     groups = np.zeros(len(x.tp))
@@ -432,7 +435,7 @@ Statistic = Literal["allocated", "reserved", "nvidia-smi"]
 
 
 def statistic_bytes(
-    terms: Mapping[str, float], statistic: Statistic, fragmentation_fraction: float
+    terms: Mapping[str, float], statistic: Statistic, spare_fraction: float
 ) -> float:
     """Return one kind of memory from the terms of a rank.
 
@@ -443,4 +446,21 @@ def statistic_bytes(
     if statistic == "nvidia-smi":
         return held
     allocated = held - terms["framework_bytes"]
-    return allocated if statistic == "allocated" else allocated * (1.0 + fragmentation_fraction)
+    if statistic == "allocated":
+        return allocated
+    return allocated + spare_fraction * (terms["logits_bytes"] + terms["buffers_bytes"])
+
+
+def spare_fraction(job: Job, factors: Factors) -> float:
+    """Return the unused bytes the allocator holds for each byte that comes and goes.
+
+    spare = fraction * (logits + buffers): tensors that live shorter than a micro-batch leave blocks
+    of their own sizes behind, which tensors of other sizes do not fill. What is kept from step to
+    step fills its blocks, and what is kept from forward to backward nearly so. Segments that can
+    grow (``expandable_segments``) give most of it back. Ref: PyTorch, ``CUDACachingAllocator.cpp``
+    (blocks are split but never moved; segments are 20 MiB or the request in steps of 2 MiB); both
+    fractions are fitted. Left out: how the order of requests matters.
+    """
+    if job.execution.expandable_segments:
+        return factors.expandable_fraction
+    return factors.fragmentation_fraction

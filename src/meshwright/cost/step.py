@@ -40,6 +40,7 @@ from meshwright.cost.memory import (
     grads_bytes_per_param,
     optimizer_bytes_per_param,
     placeholder_bytes,
+    spare_fraction,
     update_bytes_per_param,
     weights_bytes_per_param,
     workspace_bytes,
@@ -328,6 +329,7 @@ def memory_of_candidates(
     def held_by(params: Floats, candidate: int) -> Floats:
         return np.einsum("nk,k->n", params, s.held_params[candidate])[g.slice_of]
 
+    unused = spare_fraction(t.job, t.factors)
     tables = slice(p.facts.num_layer_kinds, p.facts.num_layer_kinds + 2)
 
     sizes = HeldBytes(
@@ -365,7 +367,7 @@ def memory_of_candidates(
             update_instead(held, copies, always=phase == "optimizer")
         held["buffers_bytes"] = held["buffers_bytes"] + stays
         # What the allocator holds beside live tensors counts with context and communicators.
-        spare = t.factors.fragmentation_fraction * sum(held.values())
+        spare = unused * (held["logits_bytes"] + held["buffers_bytes"])
         yield {**held, "framework_bytes": framework + spare}
 
 

@@ -174,6 +174,10 @@ class Execution:
     power_boost: bool = False
     """More of the card's power for the cores than for memory (``vboost``)."""
     cross_entropy_in_fp32: bool = False
+    gathers_from_master: bool = False
+    """Sharded weights are kept in fp32 alone and cast as they are gathered (PyTorch's FSDP)."""
+    expandable_segments: bool = False
+    """PyTorch's allocator grows its segments (``PYTORCH_CUDA_ALLOC_CONF``)."""
 
     @property
     def cross_entropy(self) -> CrossEntropy:

@@ -28,6 +28,9 @@ class Framework:
     tuned_attention: bool = True
     gathers_once: bool = False
     blocking_checkpoints: bool = False
+    expandable_segments: bool = False
+    gathers_from_master: bool = False
+    microbatch_for_each_stage: bool = False
 
 
 FRAMEWORKS = (
@@ -38,16 +41,25 @@ FRAMEWORKS = (
         overlap_pp=False,
         tuned_attention=False,
         gathers_once=True,
+        expandable_segments=True,
+        gathers_from_master=True,
+        microbatch_for_each_stage=True,
         cross_entropy="plain",
     ),
     Framework(
         name="composer",
+        gathers_from_master=True,
         cross_entropy="plain",
         fused_kernels=False,
         fused_wgrad_accumulation=False,
         tuned_attention=False,
     ),
-    Framework(name="automodel", fused_wgrad_accumulation=False, cross_entropy="plain"),
+    Framework(
+        name="automodel",
+        fused_wgrad_accumulation=False,
+        cross_entropy="plain",
+        gathers_from_master=True,
+    ),
     Framework(
         name="deepspeed",
         blocking_checkpoints=True,

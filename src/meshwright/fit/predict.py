@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from meshwright.cost.detail import Estimate, estimate
 from meshwright.cost.factors import Factors, fitted
-from meshwright.cost.memory import statistic_bytes
+from meshwright.cost.memory import spare_fraction, statistic_bytes
 from meshwright.errors import MeshwrightError
 from meshwright.fit.interval import PEAK, step_time_width
 from meshwright.fit.measured import MEMORY, TIME, measured
+from meshwright.fit.reported import reported
 from meshwright.fit.rows import Run, read_row
 
 UNFORESEEN = (ArithmeticError, LookupError, TypeError, ValueError)
@@ -88,7 +89,8 @@ def _predict_row(
     blank = replace(blank, status="unsupported", assumed=run.assumed)
     try:
         found = estimate(run.model, run.cluster, run.job, run.layout, factors)
-        step_time_s, peak_bytes = asked_s(found, run), asked_bytes(found, run, factors)
+        step_time_s = asked_s(found, run)
+        peak_bytes = asked_bytes(reported(found, row, run, factors), run, factors)
     except MeshwrightError as error:
         return replace(blank, why=str(error))
     except UNFORESEEN as error:
@@ -123,5 +125,5 @@ def asked_s(found: Estimate, run: Run) -> float:
 def asked_bytes(found: Estimate, run: Run, factors: Factors | None = None) -> float:
     """Return the memory that a row asks for: that statistic, on that rank."""
     stages = {"first": found.stages[:1], "last": found.stages[-1:], "fullest": found.stages}
-    spare = (factors or fitted()).fragmentation_fraction
+    spare = spare_fraction(run.job, factors or fitted())
     return max(statistic_bytes(stage, run.statistic, spare) for stage in stages[run.rank])

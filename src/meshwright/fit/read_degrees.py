@@ -69,7 +69,7 @@ def read_degrees(s: Settings, framework: Framework, model: Model, seq_len: int) 
             rule = f"It is a multiple of pp*lcm(tp*cp, ep*etp) = {unit}."
             raise LayoutError("n_gpus", num_gpus, rule, _nearest_multiples(num_gpus, unit))
     dp = num_gpus // (tp * cp * pp)
-    mbs, gbs = _batch(s, dp, pp, seq_len)
+    mbs, gbs = _batch(s, framework, dp, pp, seq_len)
     return Degrees(
         tp, cp, pp, _chunks(s, model, pp, gbs // (mbs * dp)), ep, etp, mbs, gbs, num_gpus
     )
@@ -119,14 +119,16 @@ def _expert_tensor(s: Settings, framework: Framework, tp: int, ep: int) -> int:
     return tp if ep > 1 and framework.expert_tensor_is_tensor else 1
 
 
-def _batch(s: Settings, dp: int, pp: int, seq_len: int) -> tuple[int, int]:
+def _batch(s: Settings, framework: Framework, dp: int, pp: int, seq_len: int) -> tuple[int, int]:
     """Return micro-batch and global batch, whole micro-batches on every rank."""
     mbs, gbs, turns = s.number("mbs"), s.number("gbs"), s.whole(*ACCUMULATION)
     if mbs is None and gbs is not None and turns > 0 and gbs % (dp * turns) == 0 < gbs:
         mbs = gbs // (dp * turns)
         s.assumed.append(f"mbs = {mbs}: {turns} micro-batches on each of {dp} ranks")
     if mbs is None:
-        mbs = _micro_batch(gbs, dp, pp, seq_len)
+        stages = pp * (2 if "interleaved" in s.text("pp_schedule") else 1)
+        cuts = stages if framework.microbatch_for_each_stage else 0
+        mbs = _micro_batch(gbs, dp, pp, seq_len, cuts)
         s.assumed.append(f"mbs = {mbs}: not stated")
     if gbs is None and turns > 0:
         gbs = mbs * dp * turns
@@ -147,8 +149,14 @@ def _batch(s: Settings, dp: int, pp: int, seq_len: int) -> tuple[int, int]:
     return mbs, gbs
 
 
-def _micro_batch(gbs: int | None, dp: int, pp: int, seq_len: int) -> int:
-    """Return the micro-batch taken where none is stated: 1 in a pipeline, else up to 8k tokens."""
+def _micro_batch(gbs: int | None, dp: int, pp: int, seq_len: int, cuts: int) -> int:
+    """Return the micro-batch taken where none is stated: 1 in a pipeline, else up to 8k tokens.
+
+    torchtitan's pipelines cut the batch of a rank into as many micro-batches as there are stages:
+    ``cuts``, or 0.
+    """
+    if pp > 1 and cuts and gbs and gbs % (dp * cuts) == 0:
+        return gbs // (dp * cuts)
     if pp > 1 or gbs is None or gbs <= dp:
         return 1
     most = max(8192 // seq_len, 1)

@@ -246,6 +246,10 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
         offloaded_modules=frozenset(s.items("offload_modules"))
         if s.flag("fine_grained_activation_offloading", default=False)
         else frozenset(),
+        gathers_from_master=framework.gathers_from_master,
+        expandable_segments="expandable_segments:true" in allocator
+        if (allocator := s.text("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+        else framework.expandable_segments,
         power_boost=s.flag("vboost", default="with vboost" in s.text("condition")),
     )
 
@@ -336,7 +340,18 @@ def _cross_entropy(s: Settings, framework: Framework) -> CrossEntropy:
         return "vendor"
     if kind == "native" or (fused is not None and framework.name == "megatron-lm"):
         return "compiled"
+    if fused is None and framework.name == "torchtitan" and _compiles_loss(s):
+        return "vendor"
     return "vendor" if fused is not None else framework.cross_entropy
+
+
+def _compiles_loss(s: Settings) -> bool:
+    """Return whether torchtitan compiles its loss: with the model, since 2025.
+
+    Inductor reads the logits in 16 bit and writes their gradient, as a fused loss does.
+    """
+    year = re.match(r"20\d\d", s.cell("release"))
+    return s.flag("torch_compile", default=True) and (year is None or int(year[0]) >= 2025)
 
 
 def _capacity(s: Settings) -> float | None:

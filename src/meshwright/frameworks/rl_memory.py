@@ -109,7 +109,7 @@ def _logits(
         return
     more = x.mbs * job.seq_len / x.cp * model.vocab_size / x.tp * 4
     needed, sure = price.peak_bytes + more, _sure_bytes(price)
-    if price.peak_bytes <= price.capacity_bytes and needed > sure:
+    if price.verdict != "does not fit" and needed > sure:
         rule = (
             "Log-probabilities and entropy keep a further copy of the logits: mbs*seq_len/cp *"
             f" vocabulary/tp * 4 bytes = {format_bytes(more)} on top of"
