@@ -31,6 +31,7 @@ from meshwright.runtime.train_settings import (
     TrainSettings,
 )
 from meshwright.verify.small import default_shape, shrink
+from meshwright.verify.structures import STRUCTURES
 
 pytestmark = pytest.mark.parity
 
@@ -104,6 +105,24 @@ def test_experts_resume_under_another_layout(tmp_path: Path) -> None:
     whole = _run(_settings("ep=2 etp=2", shape=shape, checkpoints=folder, save_every=4))
     shutil.rmtree(complete_checkpoints(Path(folder))[-1])
     resumed = _run(_settings("tp=2 ep=4 dp=2", shape=shape, checkpoints=folder))
+    assert resumed.losses == pytest.approx(whole.losses[4:], rel=2e-6)
+
+
+def test_router_biases_go_on_moving_under_another_layout(tmp_path: Path) -> None:
+    shape = replace(STRUCTURES["balanced"], mtp_layers=0, moe_layers=(1, 2, 3))
+    assert shape.moe is not None
+    shape = replace(shape, moe=replace(shape.moe, capacity_factor=0.0))
+    folder, metrics = str(tmp_path / "checkpoints"), tmp_path / "metrics.jsonl"
+    settings = _settings("ep=2 pp=2", shape=shape, checkpoints=folder, save_every=4)
+    whole = _run(replace(settings, metrics=str(metrics)))
+    counts = [json.loads(line)["expert_tokens"] for line in metrics.read_text().splitlines()]
+    assert len(counts) == settings.steps
+    tokens = settings.gbs * settings.seq_len * shape.moe.topk
+    for step in counts:
+        assert sorted(step) == [f"model.layers.{layer}.mlp.gate" for layer in (1, 2, 3)]
+        assert {sum(experts) for experts in step.values()} == {tokens}
+    shutil.rmtree(complete_checkpoints(Path(folder))[-1])
+    resumed = _run(_settings("tp=2 ep=4 dp=2 zero=optim", shape=shape, checkpoints=folder))
     assert resumed.losses == pytest.approx(whole.losses[4:], rel=2e-6)
 
 

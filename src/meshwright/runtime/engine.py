@@ -191,9 +191,10 @@ class Engine:
     def expert_tokens(self) -> dict[str, Tensor]:
         """Return how many tokens of the last global batch chose each expert, ``[E]`` per router.
 
-        Of the routers of this pipeline rank, by name; every rank has to ask.
+        Of all routers, by name; every rank has to ask.
         """
-        return summed_counts(self.pipeline.expert_counts, self.context.groups)
+        counts = self.pipeline.expert_counts
+        return summed_counts(counts, self.context, self.settings.device)
 
     def forward_backward(
         self, rows: Tensor, mask: Tensor | None = None

@@ -22,7 +22,6 @@ from meshwright.runtime.capacity import capacity, within_capacity
 from meshwright.runtime.collectives import all_reduce
 from meshwright.runtime.context import Context
 from meshwright.runtime.flat_buffer import FlatBuffer, wide
-from meshwright.runtime.groups import Groups
 from meshwright.runtime.parameters import Box, ShardedParameter, parameter
 from meshwright.runtime.shape import MoeShape
 
@@ -175,14 +174,22 @@ class Router(nn.Module):
 
 
 @torch.no_grad()
-def summed_counts(counts: Mapping[str, Tensor], groups: Groups) -> dict[str, Tensor]:
-    """Return how many tokens of the global batch chose each expert, per router of this stage."""
-    if not counts:
+def summed_counts(
+    counts: Mapping[str, Tensor], context: Context, device: torch.device
+) -> dict[str, Tensor]:
+    """Return how many tokens of the global batch chose each expert, of every router of the model.
+
+    ``counts`` are those of this rank, which saw tokens and layers that no other rank did.
+    """
+    shape = context.shape
+    if shape.moe is None:
         return {}
-    names = sorted(counts)
-    total = torch.stack([counts[name] for name in names]).double()
-    total = all_reduce(all_reduce(total, groups.tp_cp), groups.dp)
-    return dict(zip(names, total, strict=True))
+    names = [f"model.layers.{number}.mlp.gate" for number in shape.moe_layers]
+    total = torch.zeros((len(names), shape.moe.num_experts), dtype=torch.float64, device=device)
+    for row, name in zip(total, names, strict=True):
+        if name in counts:
+            row += counts[name]
+    return dict(zip(names, all_reduce(total, context.groups.world), strict=True))
 
 
 @torch.no_grad()

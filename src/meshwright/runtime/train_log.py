@@ -12,6 +12,7 @@ import json
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,10 +194,12 @@ class Log:
         samples: int,
         step_s: float,
         peak_bytes: int,
+        expert_tokens: Mapping[str, list[int]],
     ) -> None:
         """Tell about a step: a record of each, a line every ``log_every`` steps.
 
-        ``samples`` have been seen so far; ``peak_bytes`` is the most memory that any rank has held.
+        ``samples`` have been seen so far; ``peak_bytes`` is the most memory that any rank has held;
+        ``expert_tokens`` are the tokens that chose each expert, by router.
         """
         if not self.speaks:
             return
@@ -218,6 +221,8 @@ class Log:
             "mfu_fraction": flops_per_s / peak if peak else None,
             "memory_bytes": peak_bytes,
         }
+        if expert_tokens:
+            record["expert_tokens"] = dict(expert_tokens)
         self._write(record)
         if self.bar is not None:
             self.bar.update(number, _line(record))
