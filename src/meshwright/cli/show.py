@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,11 +24,18 @@ if TYPE_CHECKING:
     from meshwright.findings import Finding
     from meshwright.parallel.layout import Layout
     from meshwright.plans import Plan, Plans
+    from meshwright.search import Ranked
     from meshwright.verify.numerics import VerifyReport
     from meshwright.why_not import WhyNot
 
-_SHORT = {"activations_bytes": "activ.", "framework_bytes": "software"}
+_SHORT = {
+    "activations_bytes": "activ.",
+    "framework_bytes": "software",
+    "optimizer_bytes": "optim.",
+}
 """Headings that would be too wide for a terminal of 80 columns."""
+WORTH_SHOWING = 0.05
+"""A layout of a front that is faster by less than this than its neighbour is left out."""
 PIPED_WIDTH = 140
 """Columns when nobody watches: wide enough that no cell is cut."""
 
@@ -120,7 +128,8 @@ def short_layout(x: Layout[int]) -> str:
         words.append(shown["schedule"])
     if x.tp > 1 and not x.sp:
         words.append("no sp")
-    if x.pipeline_layout or x.account_for_loss or x.first or x.last:
+    words += [f"{k}={shown[k]}" for k in ("first", "last") if k in shown]
+    if x.pipeline_layout or x.account_for_loss or x.account_for_embedding:
         words.append("uneven")
     return " ".join(words)
 
@@ -159,8 +168,8 @@ def _memory_table(e: Estimate) -> Table:
     from meshwright.cost.step import MEMORY_TERMS
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage", justify="right")
-    table.add_column("layers", justify="right")
+    table.add_column("stage", justify="right", no_wrap=True)
+    table.add_column("layers", justify="right", no_wrap=True)
     for term in MEMORY_TERMS:
         name = _SHORT.get(term, term.removesuffix("_bytes"))
         table.add_column(name, justify="right", no_wrap=True)
@@ -197,11 +206,15 @@ def _time_table(e: Estimate) -> Table:
     table.add_column("term")
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("share", justify="right")
+    scale, unit = (1.0, "s") if e.step_time_s >= 1.0 else (1e3, "ms")
+    digits = max(3 - math.floor(math.log10(e.step_time_s * scale)), 0)
     for term, seconds in e.time.items():
         if seconds >= 5e-5 * e.step_time_s:
             name = term.removesuffix("_s").replace("_", " ")
-            table.add_row(name, format_s(seconds), f"{seconds / e.step_time_s:.1%}")
-    table.add_row("[bold]step[/]", f"[bold]{format_s(e.step_time_s)}[/]", "100%")
+            shown = f"{seconds * scale:.{digits}f} {unit}"
+            table.add_row(name, shown, f"{seconds / e.step_time_s:.1%}")
+    step = f"{e.step_time_s * scale:.{digits}f} {unit}"
+    table.add_row("[bold]step[/]", f"[bold]{step}[/]", "100%")
     return table
 
 
@@ -228,15 +241,33 @@ def _show_starting_points(plans: Plans, out: Console) -> None:
 
 def _show_pareto(plans: Plans, out: Console) -> None:
     out.print("\n[bold]Memory against time[/] (each line is the fastest within its memory)")
+    shown = _far_apart(plans.pareto)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("peak", justify="right", no_wrap=True)
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column("layout", overflow="fold")
-    for one in plans.pareto:
+    for one in shown:
         table.add_row(
             format_bytes(one.peak_bytes), format_s(one.step_time_s), short_layout(one.layout)
         )
     out.print(table)
+    if len(shown) < len(plans.pareto):
+        left_out = len(plans.pareto) - len(shown)
+        out.print(f"{left_out} more that gain less than {WORTH_SHOWING:.0%}: --json has them all.")
+
+
+def _far_apart(front: Sequence[Ranked]) -> list[Ranked]:
+    """Return the layouts of a front, cheapest first, that are clearly faster than the one before.
+
+    Of those that are nearly as fast the cheapest is shown; the fastest of all always is.
+    """
+    shown = list(front[-1:])
+    slowest = shown[0].step_time_s if shown else 0.0
+    for one in reversed(front[:-1]):
+        if one.step_time_s > slowest * (1.0 + WORTH_SHOWING):
+            shown.append(one)
+            slowest = one.step_time_s
+    return shown[::-1]
 
 
 def _show_nothing_fits(plans: Plans, out: Console) -> None:
