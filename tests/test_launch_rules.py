@@ -520,3 +520,16 @@ def test_a_thousand_launches_take_a_few_seconds() -> None:
     for row in BRIDGE:
         mw.check_launch(overrides(row), row["world_size"], "megatron-bridge")
     assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize("name", ["gtp_weight_remat_size", "expert_gtp_weight_remat_size"])
+def test_shards_of_bridge_are_at_least_one(name: str) -> None:
+    found = mw.check_launch([*SMALL_BRIDGE, f"model.{name}=0"], 8, "megatron-bridge")
+    assert (found[0].id, found[0].field) == ("MB-CFG-positive", f"model.{name}")
+
+
+def test_training_of_bridge_is_counted_in_samples_once_iterations_are_unset() -> None:
+    samples = ["train.train_samples=80", "scheduler.lr_decay_samples=80"]
+    assert "MB-CFG-train_mode_one" in errors_of([*SMALL_BRIDGE, *samples], 8, "megatron-bridge")
+    unset = [*SMALL_BRIDGE, "train.train_iters=null", *samples]
+    assert errors_of(unset, 8, "megatron-bridge") == set()

@@ -27,6 +27,8 @@ def _zero(s: Settings) -> object:
         "num_attention_heads",
         "micro_batch_size",
         "global_batch_size",
+        "gtp_weight_remat_size",
+        "expert_gtp_weight_remat_size",
     )
     return next(({"field": n} for n in names if (getattr(s, n) or 0) < 1), None)
 

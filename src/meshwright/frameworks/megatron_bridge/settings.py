@@ -187,8 +187,10 @@ def _typed(path: str, value: Any) -> Any:
     if path == "model.pipeline_model_parallel_layout":
         value = _layout_text(value)
     setting = settings()[path]
-    kind = setting.type
-    if kind == "any" or (value is None and (setting.default is None or kind not in _NUMBERS)):
+    kind = setting.type.removesuffix("?")
+    if kind == "any" or (
+        value is None and (setting.default is None or setting.type not in _NUMBERS)
+    ):
         return value
     fits, what, example = _TYPES[kind]
     if not fits(value):
@@ -197,7 +199,7 @@ def _typed(path: str, value: Any) -> Any:
 
 
 _NUMBERS = ("int", "float")
-"""Numbers that have a default always have a value."""
+"""Numbers that have a default always have a value; ``int?`` may be unset."""
 
 
 _LETTERS = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}

@@ -237,5 +237,5 @@ def _differs(path: str, value: Any) -> bool:
     known = settings().get(path)
     if known is None:
         return False
-    by_recipes = known.type in ("int", "bool") or path == "model.moe_token_dispatcher_type"
+    by_recipes = known.type in ("int", "int?", "bool") or path == "model.moe_token_dispatcher_type"
     return by_recipes or known.default != value
