@@ -1,11 +1,13 @@
 """What the cost model says that a rank sends and holds, in bytes.
 
 Bytes sent are the cost model's own seconds on a cluster whose links carry one byte a second, start
-without delay and hide nothing: then seconds are bytes. No formula of ``cost`` is written again.
+without delay and hide nothing, and whose cards work in no time on what arrives: then seconds are
+bytes. No formula of ``cost`` is written again.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -106,9 +108,10 @@ def _prepared(model: Model, job: Job, x: Layout[int]) -> tuple[Table, Group]:
 
 
 def _byte_per_second(num_gpus: int) -> Cluster:
-    link = Link(bytes_per_s=1.0, latency_s=0.0)
+    link, cluster = Link(bytes_per_s=1.0, latency_s=0.0), load_cluster(f"{num_gpus}xH100")
     return replace(
-        load_cluster(f"{num_gpus}xH100"),
+        cluster,
+        gpu=replace(cluster.gpu, hbm_bytes_per_s=math.inf),
         gpus_per_node=num_gpus,
         nvlink_domain=num_gpus,
         intra_node=link,
@@ -122,6 +125,7 @@ _FREE = Factors(
     network_fraction=1.0,
     all_to_all_fraction=1.0,
     collective_s=0.0,
+    kernel_s=0.0,
     straggler_fraction=0.0,
     dp_contention_fraction=0.0,
 )
