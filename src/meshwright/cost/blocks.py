@@ -360,10 +360,17 @@ def _is_16_bit(op: Op, p: Pricing) -> bool:
 
 
 def _quantise_s(op: Op, elements: Floats, p: Pricing) -> Floats:
+    """Seconds to quantise an input, or the gradient of an output.
+
+    It is read and written twice, the second time transposed for the weight gradient: where the
+    weight is frozen there is none. Ref: TransformerEngine, ``Float8Quantizer`` (column-wise usage).
+    """
     if _is_16_bit(op, p):
         return np.zeros_like(elements)
-    per_element = p.job.precision.quantise_bytes_per_element * p.factors.quantise_traffic
-    return elements * per_element / p.at.hbm_bytes_per_s
+    moved = p.job.precision.quantise_bytes_per_element
+    if p.job.task == "lora" and moved > 0:
+        moved -= p.job.precision.matmul_input_bytes
+    return elements * moved * p.factors.quantise_traffic / p.at.hbm_bytes_per_s
 
 
 def _weight_cast_s(op: Op, weights: Floats, p: Pricing) -> Floats:

@@ -187,7 +187,12 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
     return Execution(
         overlap_grad_reduce=s.flag("overlap_grad_reduce", default=framework.overlap),
         overlap_param_gather=s.flag("overlap_param_gather", default=framework.overlap),
-        overlap_tp_comm=s.flag("tp_comm_overlap", "async_tp", default=framework.overlap_tp),
+        # Adapters read what the fused overlap would have kept inside its kernels.
+        overlap_tp_comm=s.flag(
+            "tp_comm_overlap",
+            "async_tp",
+            default=framework.overlap_tp and s.cell("task") != "lora",
+        ),
         overlap_ep_comm=s.flag(
             "overlap_moe_expert_parallel_comm", "moe_a2a_overlap", default=False
         ),
