@@ -171,6 +171,7 @@ def test_sharding_and_recomputation_are_read() -> None:
 def test_a_bound_on_the_tokens_of_experts_balances_them() -> None:
     dropped = read_row(row(other_settings=settings(moe_token_drop=True)), MODELS).job.execution
     assert (dropped.capacity_factor, dropped.forced_balance) == (1.0, True)
+    assert dropped.cuda_graphs == "full"
     graphed = read_row(row(other_settings=settings(cuda_graphs=True)), MODELS).job.execution
     assert graphed.forced_balance
     assert not read_row(row(), MODELS).job.execution.forced_balance
@@ -180,6 +181,24 @@ def test_experts_are_split_like_the_rest_where_nemo_is_told_nothing() -> None:
     cells = row(model="mixtral-8x7b", ep="4", other_settings=settings(framework="NeMo"))
     assert read_row(cells, MODELS).layout.etp == 2
     assert read_row({**cells, "etp": "1"}, MODELS).layout.etp == 1
+
+
+def test_a_rack_sends_tokens_as_its_recipes_do_where_a_row_is_silent() -> None:
+    rack = row(model="mixtral-8x7b", gpu="GB200", gpus_per_node="4", nvlink_domain="72", ep="4")
+    run = read_row(rack, MODELS)
+    assert (run.job.execution.dispatcher, run.job.execution.cuda_graphs) == ("hybridep", "partial")
+    assert any("dispatcher" in text for text in run.assumed)
+    told = {**rack, "other_settings": settings(moe_token_dispatcher_type="alltoall")}
+    assert read_row(told, MODELS).job.execution.dispatcher == "alltoall"
+    node = {**rack, "gpu": "B200", "gpus_per_node": "8", "nvlink_domain": "8"}
+    assert read_row(node, MODELS).job.execution.dispatcher == "alltoall"
+
+
+def test_adapters_do_without_the_fused_overlap_of_tensor_parallelism() -> None:
+    cells = row(other_settings=settings(framework="NeMo"))
+    assert read_row(cells, MODELS).job.execution.overlap_tp_comm
+    adapted = read_row({**cells, "task": "lora"}, MODELS).job.execution
+    assert not adapted.overlap_tp_comm
 
 
 def test_a_pipeline_split_written_as_a_repeat_of_stages_is_read() -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from meshwright.cost.blocks import op_seconds, pricing
 from meshwright.cost.comm import Span, all_reduce_s, network
 from meshwright.cost.compute import power_fraction, speeds
 from meshwright.cost.detail import Estimate, estimate
 from meshwright.cost.factors import Factors, fitted, most_specific
 from meshwright.cost.memory import statistic_bytes
+from meshwright.cost.slices import slices
 from meshwright.describe.cluster import load_cluster, load_gpu
 from meshwright.describe.job import Execution, Job, precision
 from meshwright.describe.models import load_model
@@ -28,7 +30,7 @@ from meshwright.fit.fitting import (
     with_values,
 )
 from meshwright.fit.rows import Run
-from meshwright.parallel.layout import CpComm, Recompute, Zero, layout
+from meshwright.parallel.layout import CpComm, Recompute, Zero, layout, table
 
 LLAMA = load_model("llama3-8b")
 DEEPSEEK = load_model("deepseek-v3")
@@ -322,3 +324,19 @@ def test_running_experts_in_turn_costs_little_with_one_a_rank_and_much_with_many
 
     assert 0.99 < times("mixtral-8x22b", 8) < 1.05
     assert times("qwen3-30b-a3b", 8) > 1.2
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8", "fp8-mx"])
+def test_a_frozen_weight_needs_fewer_copies_of_what_is_quantised(recipe: str) -> None:
+    def forward_s(task: str) -> float:
+        targets = frozenset({"qkv"})
+        asked = Job(seq_len=4096, gbs=64, precision=precision(recipe), task=task)  # pyright: ignore[reportArgumentType]
+        asked, cluster = replace(asked, lora_targets=targets), load_cluster("8xH100")
+        part = slices(LLAMA, cluster, asked, table([layout(gpus=8)]))
+        fc1 = next(op for block in LLAMA.block_kinds for op in block.ops if op.name == "fc1")
+        return float(op_seconds(fc1, pricing(part, asked, cluster, fitted()))[0][0])
+
+    if recipe == "bf16":
+        assert forward_s("lora") == forward_s("pretrain")
+    else:
+        assert forward_s("lora") < forward_s("pretrain")

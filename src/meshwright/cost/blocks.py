@@ -161,17 +161,19 @@ def _host_s(op: Op, p: Pricing) -> Floats | float:
     a collective, ``module_host_s``.
     """
     times, messages = _times_run(op, p), _messages(op, p)
-    launches = _launches(op, p) * times * p.factors.host_op_s
+    launches = _launches(op, p) * p.factors.host_op_s
+    if op.kind is OpKind.grouped_matmul:
+        launches = launches * times
     if not p.job.execution.transformer_engine:
         return launches + messages * p.factors.host_op_s
     return launches + (times + messages) * p.factors.module_host_s
 
 
 def _times_run(op: Op, p: Pricing) -> Floats | float:
-    """Return how often the host runs an op: once, or for every expert of the rank."""
+    """Return how many modules the host runs for an op; experts in turn run one each."""
     if op.kind is OpKind.grouped_matmul and not p.job.execution.grouped_gemm:
         return np.maximum(op.copies / p.slice.ep, 1.0)
-    return 1.0
+    return _ROUTING_MODULES.get(op.name, 1.0)
 
 
 def _launches(op: Op, p: Pricing) -> float:
@@ -202,6 +204,9 @@ def _messages(op: Op, p: Pricing) -> Floats | float:
 
 RING_LAUNCHES = 4.0
 """Of one step of a ring: send and receive, attention, and two that merge its result."""
+
+_ROUTING_MODULES = {"router": 3.0, "dispatch": 4.0, "combine": 3.0}
+"""Score, choose, balance; count, permute, send, sort by expert; and back."""
 
 _ROUTING_LAUNCHES = {"router": 15.0, "dispatch": 20.0, "combine": 8.0}
 """Kernels of top-k, probabilities and maps; of sorting, sending and their bookkeeping."""

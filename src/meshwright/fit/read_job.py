@@ -180,7 +180,7 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
     if s.text("transformer_impl") == "local" and not s.flag("use_flash_attn", default=False):
         flash = False
     packed = "packed" in s.text("finetuning_dataset") or "packed" in s.text("dataset")
-    graphs, modules = _cuda_graphs(s)
+    graphs, modules = _cuda_graphs(s, framework)
     loss = _cross_entropy(s, framework)
     offload = s.whole("cpu_offloading_num_layers") if s.flag("cpu_offloading", default=False) else 0
     capacity = s.find("moe_expert_capacity_factor")
@@ -200,7 +200,7 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
         delay_weight_grad=s.flag("delay_wgrad_compute", default=False),
         cuda_graphs=graphs,
         graphed_modules=modules,
-        dispatcher=_dispatcher(s),
+        dispatcher=_dispatcher(s, framework),
         flash_attention=flash,
         tuned_attention=framework.tuned_attention or "te" in s.text("kernels"),
         fp8_attention=s.flag("fp8_dot_product_attention", default=False),
@@ -280,11 +280,37 @@ def _deferred(s: Settings) -> int:
     return max(s.whole("wgrad_deferral_limit"), 1)
 
 
-def _cuda_graphs(s: Settings) -> tuple[Literal["none", "partial", "full"], frozenset[str]]:
+def _is_rack_recipe(s: Settings, framework: Framework) -> bool:
+    """Return whether nothing of the dispatcher is stated where one rack is one NVLink domain.
+
+    There Megatron-Bridge's recipes send tokens with HybridEP and graph what chooses experts,
+    unless tokens are dropped.
+    """
+    words = ("moe_token_dispatcher_type", "moe_flex_dispatcher_backend", "cuda_graph_impl")
+    return (
+        framework.name == "megatron-bridge"
+        and (s.number("nvlink_domain") or 0) > MOST_GPUS_OF_A_NODE
+        and (s.number("ep") or 1) > 1
+        and not any(s.text(word) for word in words)
+        and not s.flag("moe_token_drop", default=False)
+    )
+
+
+MOST_GPUS_OF_A_NODE = 8
+"""Larger NVLink domains are racks."""
+
+
+def _cuda_graphs(
+    s: Settings, framework: Framework
+) -> tuple[Literal["none", "partial", "full"], frozenset[str]]:
     kind = s.text("cuda_graph_impl")
     scope = frozenset(s.items("cuda_graph_scope", "cuda_graph_modules"))
+    if _is_rack_recipe(s, framework) and s.find("cuda_graphs") is None:
+        return "partial", frozenset({"moe_router", "moe_preprocess"})
     if kind in ("", "none"):
-        whole = not kind and s.flag("cuda_graphs", "enable_cuda_graph", default=False)
+        # Recipes drop tokens to have fixed shapes, which is what graphs need.
+        drops = s.flag("moe_token_drop", default=False)
+        whole = not kind and s.flag("cuda_graphs", "enable_cuda_graph", default=drops)
         return ("full", frozenset()) if whole else ("none", frozenset())
     if kind == "full_iteration" or "full_iteration" in scope:
         return "full", frozenset()
@@ -310,9 +336,14 @@ def _has_transformer_engine(s: Settings, framework: Framework) -> bool:
     return s.text("transformer_impl") != "local"
 
 
-def _dispatcher(s: Settings) -> Literal["alltoall", "allgather", "deepep", "hybridep"]:
+def _dispatcher(
+    s: Settings, framework: Framework
+) -> Literal["alltoall", "allgather", "deepep", "hybridep"]:
     kernels = s.text("kernels", "features")
     known = next((w for w in ("hybridep", "deepep") if w in kernels), "")
+    if not known and _is_rack_recipe(s, framework):
+        s.assumed.append("dispatcher = hybridep: not stated, as in recipes for racks")
+        known = "hybridep"
     word = s.text("moe_token_dispatcher_type", default=known or "alltoall")
     word = "alltoall" if word == "alltoall_seq" else word.replace("all_gather", "allgather")
     backend = s.text("moe_flex_dispatcher_backend", default=known)
