@@ -403,6 +403,17 @@ def pipeline_bound_s(t: Table, g: Group) -> Floats:
     return bound
 
 
+def stage_seconds(t: Table, g: Group) -> tuple[Floats, Floats, Floats]:
+    """Return forward, whole backward and its weight part [n, S] of a micro-batch on each stage."""
+    s, p = g.stages, t.priced
+    at = g.slices[g.slice_of]
+    forward = np.einsum("nk,sk->ns", p.forward[at], s.runs)
+    backward = np.einsum("nk,sk->ns", p.backward[at], s.runs) + np.einsum(
+        "nk,sk->ns", p.reruns[at], s.reruns
+    )
+    return forward, backward, np.einsum("nk,sk->ns", p.weight_grad[at], s.runs)
+
+
 def simulate_group(t: Table, g: Group, message_s: Floats) -> Simulation:
     """Simulate the schedule of a group for its rows; ``message_s`` [n] delays each message.
 
@@ -410,13 +421,8 @@ def simulate_group(t: Table, g: Group, message_s: Floats) -> Simulation:
     the bubble is what the slowest rank waits. Ref: Narayanan et al., arXiv:2104.04473, section 2.2;
     Qi et al., arXiv:2401.10241. Left out: as ``parallel.pipeline.simulate``.
     """
-    s, p, key = g.stages, t.priced, g.key
-    at = g.slices[g.slice_of]
-    forward = np.einsum("nk,sk->ns", p.forward[at], s.runs)
-    backward = np.einsum("nk,sk->ns", p.backward[at], s.runs) + np.einsum(
-        "nk,sk->ns", p.reruns[at], s.reruns
-    )
-    weight = np.einsum("nk,sk->ns", p.weight_grad[at], s.runs)
+    key = g.key
+    forward, backward, weight = stage_seconds(t, g)
 
     def run(num_microbatches: int) -> Simulation:
         schedule = build_schedule(
