@@ -37,7 +37,9 @@ class Layer(nn.Module):
     def __init__(self, context: Context, name: str, number: int) -> None:
         super().__init__()
         shape = context.shape
-        self.context, self.number = context, number
+        self.context = context
+        self.turns = number not in shape.unrotated_layers
+        self.windowed = number in shape.window_layers
 
         def norm(part: str, wanted: bool) -> RmsNorm | None:
             return RmsNorm(context, f"{name}.{part}", shape.hidden_size) if wanted else None
@@ -47,7 +49,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = norm("post_attention_layernorm", wanted=True)
         self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm", before and after)
         self.post_feedforward_layernorm = norm("post_feedforward_layernorm", after)
-        window = shape.window if number in shape.window_layers else 0
+        window = shape.window if self.windowed else 0
         self.self_attn = (
             LatentAttention(context, f"{name}.self_attn")
             if shape.mla
@@ -78,10 +80,9 @@ class Layer(nn.Module):
         return x if norm is None else self.context.recomputed(Recompute.layernorm, norm, x)
 
     def _rope(self, batch: Microbatch) -> tuple[Tensor, Tensor] | None:
-        shape = self.context.shape
-        if self.number in shape.unrotated_layers:
+        if not self.turns:
             return None
-        return batch.window_rope if self.number in shape.window_layers else batch.rope
+        return batch.window_rope if self.windowed else batch.rope
 
     def _feed_forward(self, x: Tensor, batch: Microbatch) -> Tensor:
         if isinstance(self.mlp, Moe):
