@@ -63,6 +63,7 @@ MODEL_WORDS: Final = frozenset(
         *("use_rotary_position_embeddings", "mscale"),
         *("mscale_all_dim", "moe_router_topk_scaling_factor", "moe_router_num_groups"),
         *("moe_router_group_topk", "moe_router_score_function", "squared_relu"),
+        *("attention_dropout", "init_method_std", "tokenizer_type", "tokenizer_model"),
     }
 )
 """Facts of a model that its Hugging Face configuration states."""
@@ -234,7 +235,8 @@ def carry(
         place = source.get(argument.key)
         if _in_plan(argument.key, place, plan):
             continue
-        if place is None and launch.framework == to != "nemo":
+        unplaced = place is None or (place.name not in known and launch.framework == to)
+        if unplaced and launch.framework == to != "nemo":
             own.append([text(word) for word in argument.words])
         elif place is None:
             lost.append(_shown(argument) + _why_unnamed(argument, to))
@@ -243,7 +245,9 @@ def carry(
             said[place.name] = (argument, values)
     training = {name: values for name, (_, values) in said.items()}
     training |= counted_in_iterations(training, known, gbs)
-    for name, (argument, _) in said.items():
+    for name, (argument, values) in said.items():
+        if (name, *values) in _USUAL:
+            continue
         why = _why_not(launch.framework, to, name, known)
         if why and not _replaced(name, training, known):
             lost.append(_shown(argument) + why)
@@ -257,6 +261,16 @@ def carry(
         env=launch.env,
         lost=lost,
     )
+
+
+_USUAL: Final = frozenset(
+    {
+        ("lr_decay_style", "cosine"),
+        ("tokenizer_type", "HuggingFaceTokenizer"),
+        ("optimizer", "adam"),
+    }
+)
+"""What every writer does anyway: no loss where there is no setting for it."""
 
 
 def _program(launch: Launch) -> dict[str, str]:
@@ -286,7 +300,7 @@ def _why_not(source: str, to: str, name: str, known: set[str]) -> str:
         return f"{TITLES[source]} trains on {DATA[source]}, {TITLES[to]} on {DATA[to]}."
     if name in CHECKPOINT_WORDS and not {source, to} <= MEGATRON_CHECKPOINTS:
         return f"{TITLES[to]} reads no checkpoint of {TITLES[source]}: convert it first."
-    if name in MODEL_WORDS and to in ("skyrl", "verl", "torchtitan"):
+    if name in MODEL_WORDS and to in ("skyrl", "verl", "torchtitan") and name not in known:
         return f"{TITLES[to]} takes it from the model's own configuration."
     return "" if name in known else f"{TITLES[to]} has no counterpart that is known here."
 
@@ -354,5 +368,6 @@ def training_of(carried: Carried, defaults: Mapping[str, str]) -> dict[str, Valu
         name: (value,)
         for name, value in defaults.items()
         if not any(name in group and group & given.keys() for group in _GROUPS)
+        and not (name == "min_lr" and "lr" in given)
     }
     return {**kept, **given}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,9 @@ def convert(
     """
     read = check(source, gpus=gpus, cluster=cluster, framework=framework)
     known = known_of(read, model)
+    if "cuda_graphs" in _unchosen(read, to):
+        execution = replace(known.job.execution, cuda_graphs="none")
+        known = replace(known, job=replace(known.job, execution=execution))
     layout = with_changes(known.layout, changes)
     carried = carried_to(read, known, to)
     files = launch_files(known.model, read.cluster, known.job, layout, to, launcher, carried)
@@ -143,11 +146,20 @@ def with_changes(x: Layout[int], changes: Sequence[str]) -> Layout[int]:
     return from_text(" ".join(f"{k}={v}" for k, v in items.items()), x.world_size)
 
 
+def _unchosen(read: CheckResult, to: str) -> list[str]:
+    """Return the switches that only the other framework's default turned on."""
+    graphs = read.launch.settings.get("cuda_graph_impl")
+    default = graphs is not None and graphs.origin.startswith("default")
+    return ["cuda_graphs"] if default and to != read.launch.framework else []
+
+
 def _notes(read: CheckResult, known: Known, to: str, carried: Carried) -> list[str]:
     notes: list[str] = []
     if to in ("skyrl", "verl") and known.job.task == "pretrain":
         trains = "a model by SFT" if to == "skyrl" else "a policy by GRPO"
         notes.append(f"{TITLES[to]} trains {trains}: layout and batch are kept, the task is not.")
+    source = TITLES[read.launch.framework]
+    notes += [f"{name}: on by {source}'s default only; left off" for name in _unchosen(read, to)]
     notes += [f"not carried: {line}" for line in carried.lost]
     if not read.ok:
         first = next(f for f in read.findings if f.severity == "error")

@@ -365,11 +365,12 @@ def _read_overrides(
     unread: Sequence[str],
 ) -> Launch:
     module = import_module(f"meshwright.frameworks.{framework.replace('-', '_')}.read")
-    known = [o for o in found if not o.unknown]
+    texts: frozenset[str] = getattr(module, "texts", frozenset[str])()
+    known = [o for o in found if not o.unknown or o.path in texts]
     lost = [
         f"{o.origin}: {' '.join(o.unknown)} is not known"
         for o in found
-        if o.unknown and _MATTERS.search(o.path)
+        if o.unknown and o.path not in texts and _MATTERS.search(o.path)
     ]
     started_by = chosen.counts.total if chosen is not None else 0
     asked, known_env = gpus or started_by or None, {**environment, **(env or {})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Final
 
 from meshwright.describe.model import Model
@@ -83,6 +84,13 @@ def read(
     if reading.settings.get("task", _PRETRAIN).value == "lora" and not _states(chosen, known):
         reading.findings.append(_NO_WEIGHTS)
     return reading
+
+
+@cache
+def texts() -> frozenset[str]:
+    """Return the paths of free text: with a variable in it, one is set all the same."""
+    free = ("checkpoint.", "logger.", "tokenizer.", "profiling.")
+    return frozenset(p for p, s in settings().items() if s.type == "str" and p.startswith(free))
 
 
 def _states(chosen: Started | None, known: Sequence[tuple[str, Override]]) -> bool:

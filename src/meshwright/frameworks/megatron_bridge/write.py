@@ -135,8 +135,13 @@ def _by_name() -> dict[str, str]:
     return found
 
 
+_BY_ITERATIONS: Final = frozenset(
+    {"train_samples", "lr_decay_samples", "lr_warmup_samples", "lr_warmup_fraction"}
+)
+"""Recipes count training in iterations, beside which none of these may stand."""
+
 TRAINING: Final = {
-    **_by_name(),
+    **{name: path for name, path in _by_name().items() if name not in _BY_ITERATIONS},
     "data_cache_path": "dataset.path_to_cache",
     "check_for_nan_in_loss_and_grad": "rerun_state_machine.check_for_nan_in_loss",
     "use_rope_scaling": "model.rope_scaling",
@@ -150,7 +155,9 @@ def places() -> dict[str, Place]:
     """Return what Bridge's paths are called."""
     sections = {path: Place(path.rpartition(".")[2]) for path in settings()}
     named = {path: Place(name) for name, path in TRAINING.items()}
-    return {**sections, **named, "mixed_precision": PLAN, "dataset_kind": PLAN, LORA_RANK: PLAN}
+    reduced = {"ddp.grad_reduce_in_fp32": Place("grad_reduce_in_bf16")}
+    plan = dict.fromkeys(("mixed_precision", "dataset_kind", LORA_RANK), PLAN)
+    return {**sections, **named, **reduced, **plan}
 
 
 def _defaults(target: Target) -> dict[str, str]:

@@ -175,6 +175,22 @@ def _fsdp(reading: Reading, known: Mapping[str, Override]) -> None:
         reading.default("data_parallel_sharding_strategy", "optim_grads_params", TITLE)
 
 
+_OF_RECIPES: Final = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+
+
+def _recipe_defaults(reading: Reading, recipe: str) -> None:
+    """Fill in what NeMo's recipes of language models share: the optimizer is sharded."""
+    if not set(_OF_RECIPES) & reading.settings.keys():
+        reading.assumed.append(
+            f"recipe {recipe}: an overlapped distributed optimizer, as NeMo's recipes have it; what"
+            " the recipe sets besides is not read"
+        )
+    for word in _OF_RECIPES:
+        reading.settings.setdefault(
+            word, Setting(value=True, origin=f"default of {TITLE}'s recipes")
+        )
+
+
 def _model(reading: Reading, known: Mapping[str, Override], chosen: Started | None) -> None:
     name = known.get("recipe")
     text, origin = (str(name.value), name.origin) if name is not None else ("", "")
@@ -193,6 +209,7 @@ def _model(reading: Reading, known: Mapping[str, Override], chosen: Started | No
             reading.settings["lora_rank"] = Setting(value=peft.value, origin=peft.origin)
     if text:
         reading.settings["model"] = Setting(value=text, origin=origin)
+        _recipe_defaults(reading, text)
     path = known.get("model.name")
     if path is not None:
         reading.settings["model"] = Setting(value=path.value, origin=path.origin)

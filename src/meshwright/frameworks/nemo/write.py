@@ -46,6 +46,7 @@ TRAINING: Final = {
     },
     "min_lr": "CosineAnnealingScheduler.min_lr",
     "lr_warmup_iters": "CosineAnnealingScheduler.warmup_steps",
+    "lr_decay_iters": "CosineAnnealingScheduler.max_steps",
     "data_path": "data.paths",
     "split": "data.split",
     "seed": "data.seed",
@@ -143,6 +144,9 @@ def places() -> dict[str, Place]:
         for size in ("devices", "num_nodes"):
             if path == "trainer":
                 found |= {f"{head}.{size}": PLAN, f"{path}.{size}": PLAN}
+    for recipe in ("pretrain_recipe", "finetune_recipe"):
+        found |= {f"{recipe}.num_nodes": PLAN, f"{recipe}.num_gpus_per_node": PLAN}
+        found[f"{recipe}.dir"] = Place("save")
     return found
 
 

@@ -61,6 +61,7 @@ TRAINING: Final = {
     "wandb_exp_name": "run_name",
     "async_save": f"{SFT}.async_dist_ckpt_save",
     "model_path": "model.path",
+    "dataset_name": "dataset_name",
     **{name: f"{SFT}.{name}" for name in _ROUTER},
     **{name: f"{SFT}.transformer_config_kwargs.{name}" for name in _KWARGS},
 }
@@ -83,7 +84,6 @@ def places() -> dict[str, Place]:
     found |= {f"trainer.{name}": found[name] for name in rest}
     return {
         **found,
-        "dataset_name": Place("dataset_name"),
         "data.train_data": Place("train_files"),
         "data.val_data": Place("val_files"),
         "strategy": PLAN,

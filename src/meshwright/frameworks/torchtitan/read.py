@@ -282,6 +282,4 @@ def _precision_and_checkpointing(
         )
     counts_tokens = facts.whole("training.num_tokens_per_microbatch_per_dp_rank") is not None
     if counts_tokens and facts["training.disable_cuda_graphs"] is not True:
-        reading.settings["cuda_graph_impl"] = _setting(
-            known, "training.disable_cuda_graphs", "full_iteration"
-        )
+        reading.default("cuda_graph_impl", "full_iteration", TITLE)
