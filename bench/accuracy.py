@@ -36,17 +36,19 @@ def main() -> None:
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
     }
     known: dict[str, Prediction] = {}
+    by_id: dict[str, Mapping[str, str]] = {}
     for name in ("runs", "memory"):
         rows = load_runs(shipped(f"{name}.csv.gz"))
         found = predict(rows, models)
         known |= {p.id: p for p in found if p.status == "ok" and p.id not in known}
+        by_id |= {row["id"]: row for row in rows if row["id"] not in by_id}
         results[name] = summarize(rows, found, models)
         for kind in ("step_time", "peak_memory"):
             print(name, kind, _text(results[name][kind]["all"]))
             for gpu, errors in results[name][kind].get("by_gpu", {}).items():
                 print(f"    {gpu:<28} {_text(errors)}")
         print(name, "ranking", results[name]["ranking"])
-    results["changes"] = changes(load_runs(shipped("ablations.csv.gz")), known)
+    results["changes"] = changes(load_runs(shipped("ablations.csv.gz")), known, by_id)
     for kind, counts in results["changes"].items():
         print(f"changes: {kind:<26} {counts['right']} of {counts['pairs']} have the right sign")
     if wanted.output:
@@ -54,7 +56,9 @@ def main() -> None:
 
 
 def changes(
-    pairs: Sequence[Mapping[str, str]], known: Mapping[str, Prediction]
+    pairs: Sequence[Mapping[str, str]],
+    known: Mapping[str, Prediction],
+    rows: Mapping[str, Mapping[str, str]],
 ) -> dict[str, dict[str, int]]:
     """Return, by kind of change, how many pairs are predicted to move the way they did."""
     counts: defaultdict[str, dict[str, int]] = defaultdict(lambda: {"pairs": 0, "right": 0})
@@ -65,8 +69,8 @@ def changes(
         measured = _throughput_change(pair)
         if measured is None or abs(measured) < SMALLEST_CHANGE or pair.get("confounds"):
             continue
-        before = (base.step_time_s or 0.0) / _tokens(pair, "base")
-        after = (variant.step_time_s or 0.0) / _tokens(pair, "variant")
+        before = (base.step_time_s or 0.0) / _tokens(rows[base.id])
+        after = (variant.step_time_s or 0.0) / _tokens(rows[variant.id])
         for kind in (pair["class"], "all"):
             counts[kind]["pairs"] += 1
             counts[kind]["right"] += (before > after) == (measured > 0)
@@ -80,14 +84,9 @@ def _throughput_change(pair: Mapping[str, str]) -> float | None:
     return None
 
 
-def _tokens(pair: Mapping[str, str], side: str) -> float:
-    """Return tokens a GPU and step, which throughput is counted over, up to what both share."""
-    names = pair["changed"].split()
-    values = dict(zip(names, pair[side].split("/"), strict=False))
-    tokens = 1.0
-    for name in ("gbs", "seq_len"):
-        tokens *= float(values.get(name) or 1.0)
-    return tokens / float(values.get("n_gpus") or 1.0)
+def _tokens(row: Mapping[str, str]) -> float:
+    """Return tokens a GPU and step, which throughput is counted over."""
+    return float(row["gbs"] or 1) * float(row["seq_len"] or 1) / float(row["n_gpus"] or 1)
 
 
 def _text(errors: Mapping[str, float]) -> str:
