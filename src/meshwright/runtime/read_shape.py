@@ -87,8 +87,10 @@ def assumed_of(model: Model, config: Mapping[str, Any]) -> tuple[str, ...]:
     if shape.rope.partial_factor != 1.0 and "partial_rotary_factor" not in rope:
         taken["partial_rotary_factor"] = shape.rope.partial_factor
     if family.score_cap:
-        taken["attn_logit_softcapping"] = shape.attention_softcap
-        taken["final_logit_softcapping"] = shape.logit_softcap
+        caps = ("attn_logit_softcapping", "final_logit_softcapping")
+        found = (shape.attention_softcap, shape.logit_softcap)
+        # A null says that there is no cap.
+        taken |= {k: v for k, v in zip(caps, found, strict=True) if k not in config}
     if family.query_scalar:
         taken["query_pre_attn_scalar"] = shape.attention_scale**-2
     if shape.moe is not None:
