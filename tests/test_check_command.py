@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -356,3 +357,15 @@ def test_a_reader_that_leaves_early_hears_no_complaint(good: Path) -> None:
     done = subprocess.run(shell, capture_output=True, text=True, check=False)
     assert done.stdout.strip() in ("0", "141")
     assert done.stderr == ""
+
+
+def test_the_gpu_that_a_script_asks_slurm_for_is_the_one_that_rules_ask_about(
+    tmp_path: Path,
+) -> None:
+    words = shlex.join(megatron("--tensor-model-parallel-size 2 --sequence-parallel"))
+    for gpu, refused in (("h100", True), ("b200", False)):
+        script = tmp_path / f"{gpu}.sh"
+        head = f"#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --gres=gpu:{gpu}:8\n"
+        script.write_text(f"{head}srun torchrun --nproc-per-node 8 --nnodes 2 {words}\n")
+        found = {f.id for f in check(script).findings}
+        assert ("MLM-ARG-conn" in found) is refused

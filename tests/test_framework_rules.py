@@ -268,3 +268,13 @@ def test_adapters_of_a_bridge_recipe_need_the_weights_that_they_adapt() -> None:
 def test_energon_data_restrict_the_batch_and_the_pipeline(overrides: str, rule: str) -> None:
     assert rule in found(bridge("qwen3_30b_a3b_sft", overrides), {})
     assert rule not in found(bridge("qwen3_30b_a3b_sft", ""), {})
+
+
+def test_skyrl_rounds_samples_down_to_its_ranks_and_only_warns() -> None:
+    launch = rl(
+        "trainer.train_batch_size=36 trainer.policy_mini_batch_size=12"
+        " generator.n_samples_per_prompt=1"
+    )
+    result = check(launch, gpus=8)
+    assert result.ok
+    assert "tail_is_cut" in {f.id for f in result.findings}

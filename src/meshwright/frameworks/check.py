@@ -115,7 +115,13 @@ def check(
     launch = read_launch(source, gpus=gpus, framework=framework, env=env)
     if machine is not None and gpus is None and launch.gpus is None:
         launch = read_launch(source, gpus=machine.num_gpus, framework=framework, env=env)
-    return check_launch_read(launch, machine or launch.cluster())
+    if machine is not None:
+        return check_launch_read(launch, machine)
+    asked_for = launch.cluster()
+    facts = {**_facts_of(asked_for), **env}
+    if facts != env:
+        launch = read_launch(source, gpus=gpus, framework=framework, env=facts)
+    return check_launch_read(launch, asked_for)
 
 
 def _facts_of(machine: Cluster | None) -> dict[str, object]:
@@ -300,10 +306,11 @@ def _new(said: Iterable[Finding], judged: Iterable[Finding], launch: Launch) -> 
 
 
 _ELSEWHERE: Final = {
-    "skyrl": ("MB-CFG-pad_fixed",),
+    "skyrl": ("MB-CFG-pad_fixed", "MLM-NMB-gbs_div"),
     "verl": ("MB-CFG-pad_fixed",),
 }
-"""Rules of other frameworks' data paths: these two exchange sequences of any length."""
+"""Rules of other frameworks' data paths: these two exchange sequences of any length, and SkyRL
+rounds samples down to its ranks; its own rules judge the batch."""
 
 _CONNECTIONS: Final = "env.CUDA_DEVICE_MAX_CONNECTIONS"
 

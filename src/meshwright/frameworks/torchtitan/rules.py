@@ -145,6 +145,11 @@ def _head_rule(test: Callable[[Model, int], bool]) -> Breach:
     return broken
 
 
+def _experts_below_tp(f: Facts) -> object:
+    ep, tp = f.degree("expert_model_parallel_size"), f.degree("tensor_model_parallel_size")
+    return f.model is not None and f.model.is_moe and ep < tp and {"ep": ep, "tp": tp}
+
+
 def _experts(f: Facts) -> object:
     model, ep = f.model, f.degree("expert_model_parallel_size")
     if model is None or not model.is_moe or model.num_experts % ep == 0:
@@ -374,6 +379,15 @@ RULES: Final = (
         broken=_head_rule(lambda m, tp: m.num_heads % tp == 0 and m.num_kv_heads % tp != 0),
         rule="It divides the {kv} key-value heads of {name}; they are not copied.",
         remedy="Use a divisor of {kv}.",
+    ),
+    Rule(
+        id="ep_is_at_least_tp",
+        field=f"{_P}.expert_parallel_degree",
+        broken=_experts_below_tp,
+        rule="Versions after August 2026 refuse experts split over fewer ranks than tensors:"
+        " ep = {ep}, tp = {tp}.",
+        remedy="Use expert_parallel_degree={tp}.",
+        severity="warning",
     ),
     Rule(
         id="TT-MODEL-experts_ep",

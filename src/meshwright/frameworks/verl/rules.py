@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from meshwright.errors import nearest_divisors
 from meshwright.frameworks.by_path import (
     Breach,
     Facts,
@@ -57,6 +58,15 @@ def _normalized(f: Facts) -> int | None:
         return None if f.dp is None else mini * n // f.dp
     ranks = f.gpus // max(f.whole(f"{_ACTOR}.ulysses_sequence_parallel_size") or 1, 1)
     return mini * n // ranks if ranks else None
+
+
+def _ulysses_heads(f: Facts) -> object:
+    ranks = f.whole(f"{_ACTOR}.ulysses_sequence_parallel_size") or 1
+    model = f.model
+    if _megatron(f) or model is None or ranks < 1 or model.num_heads % ranks == 0:
+        return None
+    near = " or ".join(map(str, nearest_divisors(model.num_heads, ranks)))
+    return {"heads": model.num_heads, "name": model.name, "near": near}
 
 
 def _mini_zero(f: Facts) -> object:
@@ -207,6 +217,13 @@ RULES: Final = (
         ),
         rule="Ulysses needs padding removed.",
         remedy="Use actor_rollout_ref.model.use_remove_padding=True.",
+    ),
+    Rule(
+        id="ulysses_divides_heads",
+        field=f"{_ACTOR}.ulysses_sequence_parallel_size",
+        broken=_ulysses_heads,
+        rule="Ulysses splits the {heads} attention heads of {name}.",
+        remedy="Use {near}.",
     ),
     Rule(
         id="VERL-micro_one",
