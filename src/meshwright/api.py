@@ -34,6 +34,7 @@ from meshwright.why_not import WhyNot
 from meshwright.why_not import why_not as _why_not
 
 if TYPE_CHECKING:
+    from meshwright.verify.account_report import AccountReport
     from meshwright.verify.numerics import VerifyReport
 
 __all__ = [
@@ -52,9 +53,11 @@ __all__ = [
     "load_model",
     "plan",
     "ranks",
+    "report",
     "save_plan",
     "verify",
     "why_not",
+    "write_page",
 ]
 
 DEFAULT_SEQ_LEN = 4096
@@ -246,6 +249,29 @@ def launch_files(plan: Plan, framework: str, launcher: str = "torchrun") -> dict
     return written(plan.model, plan.cluster, plan.job, plan.layout, framework, launcher)
 
 
+def report(path: str) -> str:
+    """Return the plan of a TOML file as one HTML page with pictures; needs ``meshwright[report]``.
+
+    Raises ``MeshwrightError`` when the file is no plan, or pictures cannot be drawn.
+    """
+    saved = plan_document.load(Path(path))
+    priced = estimate_plan(saved.model, saved.cluster, saved.job, saved.layout)
+    try:
+        from meshwright.report import page
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        rule = "Pictures need matplotlib."
+        remedy = "pip install 'meshwright[report]'"
+        raise MeshwrightError("matplotlib", None, rule, remedy) from None
+    return page(priced)
+
+
+def write_page(path: str, text: str) -> None:
+    """Write a page, whole or not at all. Raises ``DocumentError`` when it cannot be written."""
+    plan_document.write_whole(Path(path), text)
+
+
 def save_plan(plan: Plan, path: str, *, model_text: str, cluster_text: str) -> None:
     """Write a plan as TOML, whole or not at all.
 
@@ -287,6 +313,21 @@ def verify(
 
     shape = shape_of(load_model(model), load_config(model))
     return verified(layout, shape, dtype, timeout_s, execution)
+
+
+def account(layout: str, *, model: str | None = None, timeout_s: float = 120.0) -> AccountReport:
+    """Compare what the ranks of a layout hold and send, to the byte, with what is priced.
+
+    A step of a small model with the structure of ``model`` runs as under ``verify``.
+
+    Raises ``LaunchError`` when a rank fails or ``timeout_s`` passes.
+    """
+    from meshwright.parallel.layout import from_text
+    from meshwright.runtime.read_shape import shape_of
+    from meshwright.verify.account_report import account_report
+
+    shape = None if model is None else shape_of(load_model(model))
+    return account_report(from_text(layout), shape, timeout_s)
 
 
 def check_output(path: str) -> None:

@@ -89,7 +89,12 @@ def save(plan: Plan, path: Path, *, model_text: str, cluster_text: str) -> None:
     Raises ``DocumentError`` when the folder is missing or cannot be written.
     """
     check_writable(path)
-    text = to_toml(plan, model_text=model_text, cluster_text=cluster_text)
+    write_whole(path, to_toml(plan, model_text=model_text, cluster_text=cluster_text))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all. Raises ``DocumentError`` when it cannot be written."""
+    check_writable(path)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             whole = Path(folder) / path.name

@@ -1,4 +1,4 @@
-"""Commands that choose: plan, estimate, explain, ranks, list."""
+"""Commands that choose: plan, estimate, explain, report, ranks, list."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard out
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    for command in (plan, estimate, explain, ranks):
+    for command in (plan, estimate, explain, report, ranks):
         app.command()(command)
     app.command(name="list")(list_known)
 
@@ -181,6 +181,22 @@ def explain(
         return
     told = api.explain(m, c, j, layout, term)
     print_json(told.to_dict()) if json else show_explanation(told)
+
+
+def report(
+    plan: Annotated[
+        str, typer.Argument(metavar="PLAN", help="A plan document, written by plan -o.")
+    ],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="Write the page to this HTML file.")
+    ] = "plan.html",
+) -> None:
+    """Write a plan as one HTML page: memory by stage, time, pipeline."""
+    from meshwright import api
+
+    api.check_output(output)
+    api.write_page(output, api.report(plan))
+    typer.echo(f"Wrote {output}", err=True)
 
 
 def ranks(
