@@ -89,6 +89,14 @@ def test_a_part_of_a_head_turns(model_type: str, keys: dict[str, object], turnin
     assert _read(model_type, **experts, **extra, **keys).rotary_dim == turning
 
 
+def test_of_a_multimodal_config_the_text_part_is_read() -> None:
+    text = SIZES | {"model_type": "gemma3_text", "rope_theta": 5e5, "query_pre_attn_scalar": 64}
+    config: Mapping[str, Any] = {"model_type": "gemma3", "text_config": text, "rope_theta": 1.0}
+    model = build_model(config)
+    assert shape_of(model, config) == shape_of(build_model(text), text)
+    assert not any("query_pre_attn" in line for line in assumed_of(model, config))
+
+
 def test_layers_that_do_not_turn_are_found() -> None:
     assert _read("smollm3").unrotated_layers == (3,)
     assert _read("smollm3", no_rope_layers=[1, 0, 1, 0]).unrotated_layers == (1, 3)

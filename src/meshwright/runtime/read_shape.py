@@ -27,6 +27,7 @@ def shape_of(model: Model, config: Mapping[str, Any] | None = None) -> ModelShap
     """Return what the decoder computes for a described model.
 
     ``config`` is its Hugging Face config; keys that it leaves out take ``transformers``' defaults.
+    Of a multimodal one the text decoder's part is read.
 
     Raises ``ModelError`` for what the runtime does not compute.
     """
@@ -39,7 +40,8 @@ def shape_of(model: Model, config: Mapping[str, Any] | None = None) -> ModelShap
             "The runtime does not compute this family.",
             f"Use one of {', '.join(FAMILIES)}.",
         )
-    values = {} if config is None else {k: v for k, v in config.items() if v is not None}
+    config = _text_part(config or {})
+    values = {k: v for k, v in config.items() if v is not None}
     _refuse_unknown(facts, values)
     layers = (*facts.layers, *(depth[0] for depth in facts.mtp))
     mixer, moe = layers[0].mixer, next((x.ffn for x in layers if isinstance(x.ffn, Moe)), None)
@@ -73,13 +75,14 @@ def shape_of(model: Model, config: Mapping[str, Any] | None = None) -> ModelShap
         mla=_mla(latent) if latent else None,
         mtp_layers=len(facts.mtp),
         **_positions(facts, model.head_dim, family, values, latent is not None),
-        **_scales(facts, family, config or {}),
+        **_scales(facts, family, config),
     )
 
 
 def assumed_of(model: Model, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the numbers of ``shape_of`` that a config leaves to ``transformers``' defaults."""
     shape, family = shape_of(model, config), FAMILIES[model.model_type]
+    config = _text_part(config)
     rope = cast("Mapping[str, Any]", config.get("rope_parameters") or {})
     taken: dict[str, object] = {"rms_norm_eps": shape.norm_eps}
     if "rope_theta" not in rope.get("full_attention", rope):
@@ -104,6 +107,10 @@ def assumed_of(model: Model, config: Mapping[str, Any]) -> tuple[str, ...]:
         for key, value in taken.items()
         if config.get(key) is None
     )
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", config.get("text_config") or config)
 
 
 def _refuse_unknown(facts: Decoder, values: Mapping[str, Any]) -> None:
