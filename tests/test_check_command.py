@@ -177,6 +177,40 @@ def test_compare_names_the_difference_that_explains_the_memory(good: Path, tmp_p
     assert "together" in shown
 
 
+def compared(good: Path, before: str, after: str) -> str:
+    """Return what is shown of a launch beside itself with one thing changed."""
+    other = good.parent / "other.sh"
+    assert before in GOOD
+    other.write_text(GOOD.replace(before, after))
+    return run("compare", str(good), str(other), "--cluster", "32xH100")[1]
+
+
+def test_compare_says_whether_each_fits_and_which_term_it_is(good: Path) -> None:
+    shown = compared(good, "--micro-batch-size 1", "--micro-batch-size 16")
+    assert "fits -> does not fit; layout.mbs (1 -> 16) alone makes" in shown
+    assert "most of it in activations_bytes" in shown
+
+
+def test_compare_names_arguments_that_no_price_knows(good: Path) -> None:
+    shown = compared(good, "--micro-batch-size 1", "--micro-batch-size 1 --num-workers 4")
+    assert "--num-workers: None -> 4" in shown
+    assert "nothing that differs changes it" in shown
+
+
+def test_compare_says_why_the_other_launch_would_not_start(good: Path) -> None:
+    shown = compared(good, "--micro-batch-size 1", "--micro-batch-size 3")
+    assert "would not start" in shown
+
+
+def test_compare_prices_the_number_of_gpus_alone(good: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.sh"
+    other.write_text(next(iter(resize(good, 64).files.values())))
+    answer = run_json("compare", str(good), str(other), "--cluster", "32xH100")[1]
+    (dp,) = (d for d in answer["differences"] if d["field"] == "layout.dp")
+    assert dp["step_time_s"] < 0
+    assert answer["explains"]["step_time_s"] == "layout.dp"
+
+
 def test_a_launch_compared_with_itself_differs_in_nothing(good: Path) -> None:
     same = compare(good, good, cluster="32xH100")
     assert same.differences == []

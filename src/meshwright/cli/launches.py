@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from meshwright.frameworks.check import CheckResult
+    from meshwright.frameworks.compare import Comparison
     from meshwright.frameworks.resize import Resized
 
 Gpus = Annotated[
@@ -135,16 +136,54 @@ def compare(
         effect = ""
         if difference.step_time_s is not None and difference.peak_bytes is not None:
             effect = (
-                f"  alone: step {signed(difference.step_time_s, format_s)},"
-                f" peak {signed(difference.peak_bytes, format_bytes)}"
+                f"  alone: step {_change(difference.step_time_s, format_s)},"
+                f" peak {_change(difference.peak_bytes, format_bytes)}"
             )
         typer.echo(f"{difference.field}: {difference.a} -> {difference.b}{effect}")
     _show_terms("time", found.time, format_s)
     _show_terms("memory", found.memory, format_bytes)
-    for what, name in found.explains.items():
-        typer.echo(f"{what} changes most by {name}")
+    _explain(found)
     for note in found.notes:
         typer.echo(f"note: {note}")
+
+
+def _explain(found: Comparison) -> None:
+    """Say what became of step time and peak, and which difference and term it is."""
+    from meshwright.units import format_bytes, format_s
+
+    a, b = found.a.estimate, found.b.estimate
+    if a is None or b is None:
+        return
+    forms = {"step_time_s": ("step", format_s), "peak_bytes": ("peak", format_bytes)}
+    for what, (name, form) in forms.items():
+        before, after = getattr(a, what), getattr(b, what)
+        line = f"{name} {form(before)} -> {form(after)}"
+        if what == "peak_bytes":
+            capacities = dict.fromkeys(form(x.capacity_bytes) for x in (a, b))
+            line += f" of {' -> '.join(capacities)}: {a.verdict} -> {b.verdict}"
+        typer.echo(f"{line}; {_why(found, what, form)}")
+
+
+def _why(found: Comparison, what: str, form: Callable[[float], str]) -> str:
+    by = next((d for d in found.differences if d.field == found.explains.get(what)), None)
+    terms = found.time if what == "step_time_s" else found.memory
+    whole = sum(after - before for before, after in (terms or {}).values())
+    if _change(whole, form) == "0":
+        return "nothing that differs changes it"
+    if by is None or terms is None:
+        return "no single difference explains it"
+    name = max(terms, key=lambda t: (terms[t][1] - terms[t][0]) * (1 if whole > 0 else -1))
+    most = _change(terms[name][1] - terms[name][0], form)
+    alone = _change(getattr(by, what), form)
+    return (
+        f"{by.field} ({by.a} -> {by.b}) alone makes {alone} of {_change(whole, form)},"
+        f" most of it in {name} ({most})"
+    )
+
+
+def _change(value: float, form: Callable[[float], str]) -> str:
+    """Return a change with its sign; what is only rounding is no change."""
+    return "0" if abs(value) < 1e-9 else signed(value, form)
 
 
 def resize(
@@ -207,10 +246,10 @@ def _show_terms(
     typer.echo(f"{title}:")
     for name, (before, after) in terms.items():
         if before or after:
-            change = signed(after - before, form)
+            change = _change(after - before, form)
             typer.echo(f"  {name:24} {form(before):>12} {form(after):>12} {change:>13}")
     totals = [sum(pair[side] for pair in terms.values()) for side in (0, 1)]
-    change = signed(totals[1] - totals[0], form)
+    change = _change(totals[1] - totals[0], form)
     typer.echo(f"  {'together':24} {form(totals[0]):>12} {form(totals[1]):>12} {change:>13}")
 
 

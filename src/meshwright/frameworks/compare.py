@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshwright.errors import MeshwrightError
+from meshwright.frameworks.carried import plan_keys
 from meshwright.frameworks.check import CheckResult, check
-from meshwright.frameworks.convert import with_changes
+from meshwright.frameworks.convert import with_changes, with_gpus
+from meshwright.frameworks.in_place import pairs
+from meshwright.frameworks.launch import Launch
 from meshwright.frameworks.saved import load_saved
 from meshwright.parallel.layout import Layout, to_dict
 
@@ -72,6 +75,13 @@ class Comparison:
         """Bytes of every term at the peak, of both; None when one is not priced."""
         return self._terms("memory")
 
+    @property
+    def verdicts(self) -> tuple[str, str] | None:
+        """Return whether each fits: "fits", "borderline", "does not fit"; None when not priced."""
+        if self.a.estimate is None or self.b.estimate is None:
+            return None
+        return self.a.estimate.verdict, self.b.estimate.verdict
+
     def _terms(self, what: str) -> dict[str, tuple[float, float]] | None:
         if self.a.estimate is None or self.b.estimate is None:
             return None
@@ -88,6 +98,7 @@ class Comparison:
             "time": _pairs(self.time),
             "memory": _pairs(self.memory),
             "explains": self.explains,
+            "verdicts": None if self.verdicts is None else list(self.verdicts),
             "notes": self.notes,
         }
 
@@ -173,8 +184,9 @@ def _layout_differences(a: Side, b: Side) -> Iterable[Difference]:
     for key in {**left, **right}:
         if left.get(key) == right.get(key) or key == "edp":
             continue
-        x = None if key == "dp" else _changed(a.layout, key, right.get(key))
-        effect = _effect(a, a.job, x)
+        if key == "schedule" and left["vpp"] != right["vpp"]:
+            continue
+        effect = _of_gpus(a, b) if key == "dp" else _alone(a, key, right.get(key))
         yield Difference(
             field=f"layout.{key}",
             a=left.get(key),
@@ -182,6 +194,24 @@ def _layout_differences(a: Side, b: Side) -> Iterable[Difference]:
             step_time_s=effect[0],
             peak_bytes=effect[1],
         )
+
+
+def _alone(a: Side, key: str, value: object) -> tuple[float | None, float | None]:
+    """Return the effect of one field of the other layout alone."""
+    return (None, None) if a.layout is None else _effect(a, a.job, _changed(a.layout, key, value))
+
+
+def _of_gpus(a: Side, b: Side) -> tuple[float | None, float | None]:
+    """Return the effect of the other number of GPUs alone: data parallelism takes them."""
+    if a.layout is None or b.layout is None or b.cluster is None:
+        return None, None
+    if a.layout.world_size == b.layout.world_size:
+        return None, None
+    try:
+        x = with_gpus(a.layout, b.layout.world_size)
+    except MeshwrightError:
+        return None, None
+    return _effect(a, a.job, x, b.cluster)
 
 
 def _changed(x: Layout[int], key: str, value: object) -> Layout[int] | None:
@@ -198,21 +228,22 @@ def _changed(x: Layout[int], key: str, value: object) -> Layout[int] | None:
 
 
 def _effect(
-    side: Side, job: Job | None, x: Layout[int] | None
+    side: Side, job: Job | None, x: Layout[int] | None, cluster: Cluster | None = None
 ) -> tuple[float | None, float | None]:
-    """Return what another layout or job alone changes in step time and peak of a side."""
-    if side.estimate is None or side.model is None or side.cluster is None:
+    """Return what another layout, job or cluster alone changes in step time and peak of a side."""
+    cluster = cluster or side.cluster
+    if side.estimate is None or side.model is None or cluster is None:
         return None, None
-    if x is None or job is None or x.world_size != side.cluster.num_gpus:
+    if x is None or job is None or x.world_size != cluster.num_gpus:
         return None, None
     from meshwright.checks import Case, judge_one
     from meshwright.cost.detail import estimate
     from meshwright.parallel.layout import table
 
-    case = Case(model=side.model, job=job, x=table([x]), cluster=side.cluster)
+    case = Case(model=side.model, job=job, x=table([x]), cluster=cluster)
     if any(f.severity == "error" for f in judge_one(case)):
         return None, None
-    price = estimate(side.model, side.cluster, job, x)
+    price = estimate(side.model, cluster, job, x)
     return (
         price.step_time_s - side.estimate.step_time_s,
         price.peak_bytes - side.estimate.peak_bytes,
@@ -255,6 +286,18 @@ def _other_differences(a: Side, b: Side) -> Iterable[Difference]:
     for name in sorted({*a.env, *b.env}):
         if a.env.get(name) != b.env.get(name):
             yield Difference(field=f"env.{name}", a=a.env.get(name), b=b.env.get(name))
+    if a.result.launch.framework == b.result.launch.framework:
+        yield from _argument_differences(a.result.launch, b.result.launch)
+
+
+def _argument_differences(a: Launch, b: Launch) -> Iterable[Difference]:
+    """Yield the arguments that differ and that no layout, job or model is made of."""
+    left, right = pairs(a.argv), pairs(b.argv)
+    plan = plan_keys(a) | plan_keys(b)
+    for name in {**left, **right}:
+        plain = name.lstrip("-+").replace("-", "_")
+        if left.get(name) != right.get(name) and not {name, plain} & plan:
+            yield Difference(field=name, a=left.get(name), b=right.get(name))
 
 
 def _explains(a: Side, b: Side, differences: Sequence[Difference]) -> dict[str, str]:
@@ -276,13 +319,21 @@ def _notes(a: Side, b: Side) -> list[str]:
 
     notes: list[str] = []
     for side in (a, b):
-        if side.estimate is None:
-            notes.append(f"{side.name} is not priced: {side.result.unpriced}")
+        notes += _starts(side)
     if a.layout is not None and b.layout is not None:
         notes += _loss_notes(a.layout, b.layout)
     if a.layout is not None and b.layout is not None and a.model is not None:
         notes += notes_on(a.model, a.layout, b.layout, (_divisor(a), _divisor(b)))
     return notes
+
+
+def _starts(side: Side) -> Iterable[str]:
+    """Say why one of the two would not start, or is not priced; the verdicts tell of memory."""
+    found = side.result.findings
+    errors = [f.message for f in found if f.severity == "error" and f.field != "memory.peak_bytes"]
+    yield from (f"{side.name} would not start: {message}" for message in errors[:3])
+    if side.estimate is None and not errors:
+        yield f"{side.name} is not priced: {side.result.unpriced}"
 
 
 def _loss_notes(a: Layout[int], b: Layout[int]) -> Iterable[str]:

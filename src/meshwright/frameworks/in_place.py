@@ -320,7 +320,7 @@ class _Editor:
     def _with_nodes(self, nodes: str) -> Iterator[dict[str, str]]:
         """Say how many nodes there are, next to every number of GPUs a node."""
         files: dict[str, str] | None = None
-        for key in _pairs(self.launch.argv):
+        for key in pairs(self.launch.argv):
             sibling = next((key.replace(a, b) for a, b in _NODES.items() if key.endswith(a)), "")
             if sibling:
                 files = next(inserted(files or self.files, key, sibling, nodes), files)
@@ -436,11 +436,12 @@ def _sibling(beside: str, other: str, name: str) -> str:
 
 def _changed(before: Launch, after: Launch) -> list[tuple[str, str, str]]:
     """Return the arguments of a launch whose values differ in another one."""
-    old, new = _pairs(before.argv), _pairs(after.argv)
+    old, new = pairs(before.argv), pairs(after.argv)
     return [(k, old[k], new.get(k, "")) for k in old if k in new and old[k] != new[k]]
 
 
-def _pairs(argv: Iterable[str]) -> dict[str, str]:
+def pairs(argv: Iterable[str]) -> dict[str, str]:
+    """Return the values of the arguments of a launch by flag or path, joined by blanks."""
     found: dict[str, str] = {}
     key = ""
     for word in argv:
