@@ -13,8 +13,10 @@ from meshwright.runtime.collectives import all_reduce
 from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.parameters import parameters_of
 from meshwright.runtime.shape import MlaShape, ModelShape, MoeShape
+from meshwright.verify.account_report import account_report
 from meshwright.verify.accounts import Entry, accounts
 from meshwright.verify.described import described
+from meshwright.verify.priced import activations_bytes, runtime_job
 from meshwright.verify.structures import STRUCTURES
 
 SEQ_LEN = 32
@@ -107,3 +109,51 @@ def test_the_described_model_has_the_weights_that_the_runtime_makes(name: str) -
     made = {m.box.name: m.numel() for chunk in engine.chunks for m in parameters_of(chunk)}
     model = described(shape)
     assert sum(made.values()) == model.num_params + model.num_mtp_params
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("deepseek_v3", "tp=2 ep=2 pp=2 recompute=full"),
+        ("qwen3", "tp=4 sp=false"),
+        ("gpt_oss", "dp=2 zero=optim_grads"),
+        ("mistral", "cp=4 cp_comm=a2a+p2p"),
+    ],
+)
+def test_the_account_of_a_verified_layout_is_equal_in_even_sizes(model: str, layout: str) -> None:
+    report = account_report(from_text(layout), STRUCTURES[model], timeout_s=60.0)
+    wrong = [row for row in report.rows if abs(row.entry.unexplained_bytes) >= 0.5]
+    assert report.equal, [(row.ranks, row.entry) for row in wrong] or report.why_not
+    x = from_text(layout)
+    held = [row for row in report.rows if row.entry.what == "weights_bytes"]
+    assert sorted(rank for row in held for rank in row.ranks) == list(range(x.world_size))
+
+
+def test_an_account_that_cannot_be_taken_says_why() -> None:
+    report = account_report(from_text("dp=32"))
+    assert report.equal is None
+    assert "too large" in report.why_not
+
+
+def test_what_is_kept_for_backward_is_what_is_priced_and_a_few_named_numbers() -> None:
+    x = from_text("tp=1")
+    engine = Engine(DENSE, x, Settings(seq_len=SEQ_LEN, gbs=1))
+    parameters = {b.data.untyped_storage().data_ptr() for b in engine.dp.buffers}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        engine.forward_backward(torch.zeros((1, SEQ_LEN + 1), dtype=torch.int64))
+    runtime_bytes = sum(storage.nbytes() for storage in kept.values())
+    rotary = sum(table.untyped_storage().nbytes() for table in engine.rope)
+    scales_of_norms = 4 * SEQ_LEN * (2 * DENSE.num_layers + 1)
+    # Token and label numbers (int64), which of them are here, the mask and the loss's weight.
+    of_tokens = SEQ_LEN * (8 + 8 + 4 + 4) + 4
+    said = activations_bytes(described(DENSE), runtime_job(SEQ_LEN, 1, "fp32"), x)
+    assert runtime_bytes == said + rotary + scales_of_norms + of_tokens

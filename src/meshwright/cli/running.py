@@ -28,12 +28,20 @@ def verify(
     ] = "",
     json: AsJson = False,
 ) -> None:
-    """Run a layout on local processes and prove it equal to one."""
+    """Run a layout on local processes and prove it equal to one.
+
+    What every rank holds and sends is shown beside what the cost model says, in bytes.
+    """
     from meshwright import api
-    from meshwright.cli.show import show_verified
+    from meshwright.cli.show import show_account, show_verified
     from meshwright.cli.text import print_json
 
     report = api.verify(layout, model=model, dtype=dtype, timeout_s=timeout, switches=switches)
-    print_json(report.to_dict()) if json else show_verified(report)
+    found = api.account(layout, model=model, timeout_s=timeout)
+    if json:
+        print_json(report.to_dict() | {"accounts": found.to_dict()})
+    else:
+        show_verified(report)
+        show_account(found)
     if not report.ok:
         raise typer.Exit(1)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from meshwright.parallel.layout import Layout
     from meshwright.plans import Plan, Plans
     from meshwright.search import Ranked
+    from meshwright.verify.account_report import AccountReport
     from meshwright.verify.numerics import VerifyReport
     from meshwright.why_not import WhyNot
 
@@ -452,3 +453,40 @@ def show_verified(report: VerifyReport) -> None:
     )
     word = "[bold]equal[/]" if report.ok else "[bold red]not equal[/]"
     out.print(f"The layout and one process are {word}, in {format_s(report.seconds)}.")
+
+
+def show_account(report: AccountReport) -> None:
+    """Print, per kind of rank, what is priced and what was held and sent in a step."""
+    from meshwright.verify.account_report import KNOWN
+
+    out = console()
+    if report.why_not:
+        out.print(f"held and sent bytes were not compared: {report.why_not}")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("ranks")
+    table.add_column("bytes")
+    for name in ("priced", "known beside", "runtime", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report.rows:
+        entry = row.entry
+        beyond = entry.unexplained_bytes
+        table.add_row(
+            _span(row.ranks),
+            entry.what.removesuffix("_bytes"),
+            f"{entry.priced_bytes:,.0f}",
+            f"{entry.different_bytes:+,.0f}" if entry.different_bytes else "",
+            f"{entry.runtime_bytes:,.0f}",
+            "equal" if abs(beyond) < 0.5 else f"[bold red]{beyond:+,.0f}[/]",
+        )
+    out.print("\none step of a model whose sizes need no padding, in bytes:")
+    out.print(table)
+    if report.differs:
+        out.print("known beside the price: " + "; ".join(KNOWN))
+
+
+def _span(ranks: tuple[int, ...]) -> str:
+    first, last = ranks[0], ranks[-1]
+    if len(ranks) > 1 and ranks == tuple(range(first, last + 1)):
+        return f"{first}-{last}"
+    return ", ".join(map(str, ranks))

@@ -64,7 +64,8 @@ def differences(model: Model, job: Job, x: Layout[int]) -> list[dict[str, float]
     - ``tp``, less: under SP a tensor-parallel region keeps its gathered input, where the price has
       it gathered again in backward.
     - ``tp``, more: gradients of weights that every TP rank holds whole are summed over TP once a
-      step under SP (norms, router, down-projections), and the price leaves that out.
+      step (norms of single heads; under SP every norm, router and down-projection), and the price
+      leaves that out.
     - ``tied``, more: gradients of a table that several pipeline ranks hold (tied, MTP) are summed,
       also left out.
     """
@@ -72,7 +73,7 @@ def differences(model: Model, job: Job, x: Layout[int]) -> list[dict[str, float]
     p = pricing(slices(model, t.cluster, job, t.x), job, t.cluster, t.factors)
     kinds = model.block_kinds
     again = np.array([_gathered_bytes(block, p) for block in kinds]) * float(x.sp)
-    whole = np.array([_whole_params(block) for block in kinds]) * float(x.sp and x.tp > 1)
+    whole = np.array([_whole_params(block, sp=bool(x.sp)) for block in kinds]) * float(x.tp > 1)
     table_params = np.array([_table_params(block) for block in kinds]) / x.tp
     shards = float(t.dp.dense_shards[0]) if x.zero >= Zero.optim else 1.0
     grad_bytes = job.precision.grad_bytes / shards
@@ -88,13 +89,22 @@ def differences(model: Model, job: Job, x: Layout[int]) -> list[dict[str, float]
     return found
 
 
+def activations_bytes(model: Model, job: Job, x: Layout[int]) -> float:
+    """Return what the cost model keeps for backward on the first rank: activations and logits."""
+    t, group = _prepared(model, job, x)
+    columns = next(iter(memory_of_candidates(t, group)))
+    return float(columns["activations_bytes"][0] + columns["logits_bytes"][0])
+
+
 def _gathered_bytes(block: Block, p: Pricing) -> float:
     entries = [comm for op in block.ops for comm in op.comm if comm.kind == "enter_tp"]
     return float(sum(tensor_parallel_s(comm, p)[0][0] for comm in entries))
 
 
-def _whole_params(block: Block) -> float:
-    return float(sum(op.params for op in block.ops if op.holder == "all"))
+def _whole_params(block: Block, *, sp: bool) -> float:
+    """Return the weights that every TP rank holds whole and sees a part of the gradient of."""
+    ops = (op for op in block.ops if op.holder == "all" and (sp or op.name == "qk_norm"))
+    return float(sum(op.params for op in ops))
 
 
 def _table_params(block: Block) -> float:
@@ -108,7 +118,8 @@ def _prepared(model: Model, job: Job, x: Layout[int]) -> tuple[Table, Group]:
 
 
 def _byte_per_second(num_gpus: int) -> Cluster:
-    link, cluster = Link(bytes_per_s=1.0, latency_s=0.0), load_cluster(f"{num_gpus}xH100")
+    # A card whose switches do not reduce: every byte of a sum passes the link, as over gloo.
+    link, cluster = Link(bytes_per_s=1.0, latency_s=0.0), load_cluster(f"{num_gpus}xA100")
     return replace(
         cluster,
         gpu=replace(cluster.gpu, hbm_bytes_per_s=math.inf),
