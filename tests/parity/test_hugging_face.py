@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from meshwright.describe.models import build_model
 from meshwright.errors import DocumentError
@@ -271,6 +272,45 @@ def test_logits_equal_transformers_under_any_layout(family: str, tmp_path: Path)
     again = transformers.AutoModelForCausalLM.from_pretrained(saved, torch_dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(_tokens()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def _rename(folder: Path, rename: dict[str, str]) -> None:
+    held = load_file(folder / SINGLE)
+    for old, new in rename.items():
+        held = {name.replace(old, new, 1): tensor for name, tensor in held.items()}
+    save_file(held, folder / SINGLE, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [{"model.": "language_model.model."}, {"model.": "model.language_model."}],
+    ids=["as published", "as saved since"],
+)
+def test_the_text_decoder_of_a_multimodal_checkpoint_is_read(
+    rename: dict[str, str], tmp_path: Path
+) -> None:
+    model_type, keys, _ = FAMILIES["gemma3_text"]
+    expected = _reference(model_type, keys, tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    outer = {"model_type": "gemma3", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(outer), encoding="utf-8")
+    _rename(tmp_path, rename)
+    saved = tmp_path / "saved"
+    found = torch.tensor(_logits(0, "tp=1", str(tmp_path), str(saved)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    again = transformers.AutoModelForCausalLM.from_pretrained(saved, torch_dtype=torch.float32)
+    assert again.config.model_type == "gemma3_text"
+
+
+def test_quantised_weights_are_refused_and_not_read_without_their_scales(tmp_path: Path) -> None:
+    _reference("llama", {}, tmp_path)
+    held = load_file(tmp_path / SINGLE)
+    name = "model.layers.1.mlp.up_proj.weight"
+    held[name] = held[name].to(torch.float8_e4m3fn)
+    held[f"{name}_scale_inv"] = torch.ones(1, 1)
+    save_file(held, tmp_path / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(DocumentError, match="quantised"):
+        _logits(0, "tp=1", str(tmp_path), "")
 
 
 def test_a_checkpoint_cut_in_the_middle_is_named(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def shape_of(model: Model, config: Mapping[str, Any] | None = None) -> ModelShap
             "The runtime does not compute this family.",
             f"Use one of {', '.join(FAMILIES)}.",
         )
-    config = _text_part(config or {})
+    config = text_part(config or {})
     values = {k: v for k, v in config.items() if v is not None}
     _refuse_unknown(facts, values)
     layers = (*facts.layers, *(depth[0] for depth in facts.mtp))
@@ -82,7 +82,7 @@ def shape_of(model: Model, config: Mapping[str, Any] | None = None) -> ModelShap
 def assumed_of(model: Model, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the numbers of ``shape_of`` that a config leaves to ``transformers``' defaults."""
     shape, family = shape_of(model, config), FAMILIES[model.model_type]
-    config = _text_part(config)
+    config = text_part(config)
     rope = cast("Mapping[str, Any]", config.get("rope_parameters") or {})
     taken: dict[str, object] = {"rms_norm_eps": shape.norm_eps}
     if "rope_theta" not in rope.get("full_attention", rope):
@@ -109,7 +109,8 @@ def assumed_of(model: Model, config: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config that describes the text decoder."""
     return cast("Mapping[str, Any]", config.get("text_config") or config)
 
 

@@ -29,6 +29,7 @@ from meshwright.runtime.checkpoint_names import Stored, stored
 from meshwright.runtime.collectives import receive, send
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.parameters import Box, ShardedParameter
+from meshwright.runtime.read_shape import text_part
 from meshwright.runtime.shape import ModelShape
 
 INDEX = "model.safetensors.index.json"
@@ -37,13 +38,21 @@ MOST_FILE_BYTES = 5 * 10**9
 """A file of written weights is closed at this size, as ``transformers`` does."""
 
 
+_QUANTISED = ("_scale_inv", "_blocks", "_scale", "_packed")
+"""What stands behind a name where the tensor is in 8 or 4 bit: FP8 by blocks, MXFP4 and others."""
+
+
 class Checkpoint:
-    """The tensors of a folder of safetensors, opened when first read."""
+    """The tensors of a folder of safetensors, opened when first read.
+
+    Of a multimodal checkpoint the text decoder's, under the names that they have alone.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Any] = {}
         self.file_of = self._index()
+        self.name_of = {_text_name(name): name for name in self.file_of}
 
     def _index(self) -> Mapping[str, str]:
         index, single = self.folder / INDEX, self.folder / SINGLE
@@ -79,16 +88,7 @@ class Checkpoint:
 
     def read(self, place: Stored, part: tuple[slice, ...]) -> Tensor:
         """Return a part of a matrix (or vector) of ours."""
-        name = place.name
-        if name not in self.file_of:
-            raise DocumentError(
-                "weights",
-                name,
-                "The checkpoint does not hold it.",
-                "Set num_nextn_predict_layers to 0 in the config."
-                if "eh_proj" in name or "enorm" in name
-                else "Give the config.json that belongs to the weights.",
-            )
+        name = self._found(place.name)
         found = self._open(self.file_of[name]).get_slice(name)
         if tuple(found.get_shape()) != place.shape:
             raise DocumentError(
@@ -101,6 +101,31 @@ class Checkpoint:
         # Slices of safetensors have no steps.
         near = cast("Tensor", found[tuple(slice(w.start, w.stop) for w in where)])
         return place.ours(near[tuple(slice(None, None, w.step) for w in where)])
+
+    def _found(self, name: str) -> str:
+        """Return what the checkpoint calls a tensor."""
+        if any(f"{name}{mark}" in self.name_of for mark in _QUANTISED):
+            raise DocumentError(
+                "weights",
+                name,
+                "Its values are quantised and stored beside their scales.",
+                "Save it in bfloat16 with transformers (dequantize=True) and read that.",
+            )
+        if name in self.name_of:
+            return self.name_of[name]
+        raise DocumentError(
+            "weights",
+            name,
+            "The checkpoint does not hold it.",
+            "Set num_nextn_predict_layers to 0 in the config."
+            if "eh_proj" in name or "enorm" in name
+            else "Give the config.json that belongs to the weights.",
+        )
+
+
+def _text_name(name: str) -> str:
+    name = name.removeprefix("language_model.")
+    return name.replace("model.language_model.", "model.", 1)
 
 
 def load_weights(engine: Engine, folder: Path) -> None:
@@ -177,7 +202,7 @@ def save_weights(engine: Engine, folder: Path, config: Mapping[str, Any]) -> Non
         if writer is not None and whole is not None:
             _write(writer, plan[name][0].box, whole, engine.shape)
     if writer is not None:
-        writer.close(dict(config))
+        writer.close(dict(text_part(config)))
     if engine.context.groups.world.handle is not None:
         dist.barrier()
 
