@@ -11,7 +11,7 @@ from meshwright.cost.blocks import op_seconds, pricing
 from meshwright.cost.comm import Span, all_reduce_s, network
 from meshwright.cost.compute import power_fraction, speeds
 from meshwright.cost.detail import Estimate, estimate
-from meshwright.cost.factors import Factors, fitted, most_specific
+from meshwright.cost.factors import Factors, factors_of, fitted, most_specific
 from meshwright.cost.memory import statistic_bytes
 from meshwright.cost.slices import slices
 from meshwright.describe.cluster import load_cluster, load_gpu
@@ -340,3 +340,9 @@ def test_a_frozen_weight_needs_fewer_copies_of_what_is_quantised(recipe: str) ->
         assert forward_s("lora") == forward_s("pretrain")
     else:
         assert forward_s("lora") < forward_s("pretrain")
+
+
+def test_what_a_cluster_measured_of_quantising_counts_for_every_recipe() -> None:
+    cluster = replace(load_cluster("8xH100"), fitted={"quantise_traffic": 1.5})
+    assert set(factors_of(cluster).quantise_traffic.values()) == {1.5}
+    assert set(factors_of(cluster).quantise_traffic) == set(fitted().quantise_traffic)

@@ -364,6 +364,10 @@ def _is_16_bit(op: Op, p: Pricing) -> bool:
     return op.trained_in_16_bit and (not op.vocab or p.job.precision.head_in_16_bit)
 
 
+QUANTISE_TRAFFIC = 2.0
+"""Of recipes without a fitted factor."""
+
+
 def _quantise_s(op: Op, elements: Floats, p: Pricing) -> Floats:
     """Seconds to quantise an input, or the gradient of an output.
 
@@ -375,7 +379,8 @@ def _quantise_s(op: Op, elements: Floats, p: Pricing) -> Floats:
     moved = p.job.precision.quantise_bytes_per_element
     if p.job.task == "lora" and moved > 0:
         moved -= p.job.precision.matmul_input_bytes
-    return elements * moved * p.factors.quantise_traffic / p.at.hbm_bytes_per_s
+    passes = p.factors.quantise_traffic.get(p.job.precision.name, QUANTISE_TRAFFIC)
+    return elements * moved * passes / p.at.hbm_bytes_per_s
 
 
 def _weight_cast_s(op: Op, weights: Floats, p: Pricing) -> Floats:

@@ -31,8 +31,9 @@ class Factors:
     ``grouped_half_rows`` those of one expert. ``softmax_share``: exponentials that attention
     does not hide behind its matmuls. ``hbm_fraction``: share of HBM bandwidth of streaming
     kernels; ``unfused_traffic``: times the traffic of fused kernels that separate ones need.
-    ``quantise_traffic`` the same for quantising; ``weight_cast_share``: micro-batches that
-    quantise weights anew. ``scan_fraction``: share of peak of state-space scans.
+    ``quantise_traffic`` the same for the kernels of a recipe of quantising, by its name;
+    ``weight_cast_share``: micro-batches that quantise weights anew. ``scan_fraction``: share of
+    peak of state-space scans.
     ``biased_experts_passes``: elements moved beside the products of experts with biases, for
     each of their outputs. ``imbalance_fraction``: for each doubling of the expert-parallel
     ranks, how much the fullest gets beyond the mean where the router is not forced to balance.
@@ -69,7 +70,7 @@ class Factors:
     weight_cast_share: float = 0.3
     hbm_fraction: float = 0.8
     unfused_traffic: float = 2.5
-    quantise_traffic: float = 1.0
+    quantise_traffic: Mapping[str, float] = field(default_factory=dict[str, float])
     half_rows: Mapping[str, float] = field(default_factory=dict[str, float])
     grouped_half_rows: float = 96.0
     imbalance_fraction: float = 0.1
@@ -146,9 +147,13 @@ def factors_of(cluster: Cluster) -> Factors:
             raise ClusterError(f"fitted.{name}", value, "There is no such factor.", remedy)
         table = getattr(usual, name)
         if isinstance(table, Mapping):
-            # Kept by architecture, or (clocks) by card: the number holds for this one of both.
+            # Kept by architecture, or (clocks) by card: the number holds for this one of both;
+            # kept by recipe: for all of them.
             kind = cluster.gpu.architecture.lower().split()[0]
             held = cast("Mapping[str, float]", table)
+            if name == "quantise_traffic":
+                changed[name] = dict.fromkeys(held, value)
+                continue
             others = {k: v for k, v in held.items() if k.partition(".")[0] != kind}
             changed[name] = {**others, kind: value, cluster.gpu.name: value}
         else:

@@ -75,7 +75,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "weight_cast_share": (0.01, 1.0),
     "hbm_fraction": (0.5, 0.95),
     "unfused_traffic": (1, 6),
-    "quantise_traffic": (0.3, 4),
+    "quantise_traffic.fp8": (0.3, 4),
+    "quantise_traffic.fp8-cs": (0.3, 4),
+    "quantise_traffic.fp8-mx": (0.3, 4),
+    "quantise_traffic.nvfp4": (0.3, 4),
     "half_rows.ampere": (5, 300),
     "half_rows.hopper": (5, 300),
     "half_rows.blackwell": (5, 400),
@@ -181,6 +184,8 @@ def reads(run: Run, name: str) -> bool:
         return False
     if head == "clock_fraction":
         return gpu.name == key
+    if head == "quantise_traffic":
+        return run.job.precision.name == key
     return not key or gpu.architecture.lower().startswith(key.partition(".")[0])
 
 
