@@ -331,9 +331,11 @@ def _starts(side: Side) -> Iterable[str]:
     """Say why one of the two would not start, or is not priced; the verdicts tell of memory."""
     found = side.result.findings
     errors = [f.message for f in found if f.severity == "error" and f.field != "memory.peak_bytes"]
-    yield from (f"{side.name} would not start: {message}" for message in errors[:3])
-    if side.estimate is None and not errors:
-        yield f"{side.name} is not priced: {side.result.unpriced}"
+    unpriced = side.result.unpriced
+    if side.estimate is None:
+        yield f"{side.name} is not priced: {unpriced}"
+    told = [message for message in errors if message != unpriced]
+    yield from (f"{side.name} would not start: {message}" for message in told[:3])
 
 
 def _loss_notes(a: Layout[int], b: Layout[int]) -> Iterable[str]:
