@@ -46,7 +46,10 @@ class CpComm(IntEnum):
 
 
 class Pipeline(IntEnum):
-    """Pipeline schedules, by the names of their files in ``parallel/schedules``."""
+    """Pipeline schedules, by the names of their files in ``parallel/schedules``.
+
+    The numbers stand in columns; a new schedule takes the next one.
+    """
 
     gpipe = 0
     one_f_one_b = 1
@@ -55,13 +58,7 @@ class Pipeline(IntEnum):
     zb_v = 4
 
 
-SCHEDULE_TEXT = {
-    Pipeline.gpipe: "gpipe",
-    Pipeline.one_f_one_b: "1f1b",
-    Pipeline.interleaved: "interleaved",
-    Pipeline.zb_h1: "zb_h1",
-    Pipeline.zb_v: "zb_v",
-}
+SCHEDULE_TEXT = {p: "1f1b" if p is Pipeline.one_f_one_b else p.name for p in Pipeline}
 CP_COMM_TEXT = {
     CpComm.p2p: "p2p",
     CpComm.all_gather: "all_gather",
