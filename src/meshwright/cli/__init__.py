@@ -20,7 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-MODULES = ("planning", "launches", "running", "training", "accuracy")
+MODULES = ("planning", "launches", "running", "training", "accuracy", "calibrating")
 """Modules with commands, in the order that help lists them."""
 
 

@@ -119,6 +119,10 @@ _OF_EXPERTS = (
 )
 
 
+CLOCK_LIMITS = (0.8, 1.2)
+"""What the clock of a card without an entry of its own may be."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """A run and its measured step time."""
@@ -226,7 +230,7 @@ def prior_of(factors: Factors, name: str) -> float:
 
 def room_of(names: Sequence[str]) -> Floats:
     """Return the logarithms of the limits of factors, [2, names]."""
-    return np.log(np.asarray([LIMITS[n] for n in names]).T)
+    return np.log(np.asarray([LIMITS.get(n, CLOCK_LIMITS) for n in names]).T)
 
 
 def damping_of(names: Sequence[str]) -> Floats:
