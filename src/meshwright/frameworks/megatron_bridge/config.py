@@ -131,6 +131,10 @@ RULES = (
         "data_parallel:1030",
         lambda s: {"data_parallel_size": s.world_size // (s.tp * s.pp * s.cp)},
     ),
+    derive(
+        "num_microbatches:1",
+        lambda s: {"data_parallel_size": max(1, s.world_size // (s.tp * s.pp * s.cp * s.gtp))},
+    ),
     error(
         "MB-GRAPH-local",
         "cuda_graphs:148",

@@ -323,6 +323,17 @@ RULES = (
         "Add --use-sharp, or drop --sharp-enabled-group.",
     ),
     error(
+        "MLM-PS-world_dense",
+        "parallel_state:823",
+        "world_size",
+        _world_not_divisible,
+        "The world size must be a multiple of tp*pp*cp*gtp = {tp}*{pp}*{cp}*{gtp} = {unit}; "
+        "{world_size} GPUs are not.",
+        "Use {nearest} GPUs.",
+        final=True,
+        repeats=("MLM-ARG-world_div", "MB-CFG-world_div"),
+    ),
+    error(
         "MLM-PS-vpp_pp",
         "parallel_state:829",
         "virtual_pipeline_model_parallel_size",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from meshwright.frameworks.megatron_lm.rules import (
+    Rule,
     Settings,
     change,
     derive,
@@ -47,62 +48,78 @@ def _gtp_stream_groups(s: Settings) -> dict[str, Any]:
     return {"high_priority_stream_groups": groups}
 
 
+def _dense_shards(stage: str, line: int) -> tuple[Rule, ...]:
+    """Return the rules of the dense weights' shards, as ``stage`` asks them."""
+    return (
+        error(
+            "MLM-MPC-shards_ge_tp",
+            f"{stage}:{line}",
+            "tensor_parallel_num_weight_shards",
+            lambda s: (
+                s.tensor_parallel_num_weight_shards is not None
+                and s.tensor_parallel_num_weight_shards < s.tp
+            ),
+            "Weights are split at least over tensor parallelism: "
+            "{tensor_parallel_num_weight_shards} shards are fewer than tp = {tp}.",
+            "Use {tp} or a multiple of it, or leave it out.",
+            final=True,
+        ),
+        error(
+            "MLM-MPC-shards_div_tp",
+            f"{stage}:{line + 1}",
+            "tensor_parallel_num_weight_shards",
+            lambda s: (
+                s.tensor_parallel_num_weight_shards is not None
+                and s.tensor_parallel_num_weight_shards % s.tp
+                and {"nearest": multiples_near(s.tensor_parallel_num_weight_shards, s.tp)}
+            ),
+            "The weight shards must be a multiple of tp: {tensor_parallel_num_weight_shards} mod "
+            "{tp} is not 0.",
+            "Use {nearest}.",
+            final=True,
+        ),
+        derive(f"{stage}:{line + 2}", _weight_shards),
+    )
+
+
+def _expert_shards(stage: str, line: int) -> tuple[Rule, ...]:
+    """Return the rules of the experts' shards, as ``stage`` asks them."""
+    return (
+        error(
+            "MLM-MPC-shards_ge_tp",
+            f"{stage}:{line}",
+            "expert_tensor_parallel_num_weight_shards",
+            lambda s: (
+                s.expert_tensor_parallel_num_weight_shards is not None
+                and s.expert_tensor_parallel_num_weight_shards < s.etp
+            ),
+            "Expert weights are split at least over expert tensor parallelism: "
+            "{expert_tensor_parallel_num_weight_shards} shards are fewer than etp = {etp}.",
+            "Use {etp} or a multiple of it, or leave it out.",
+            final=True,
+        ),
+        error(
+            "MLM-MPC-shards_div_tp",
+            f"{stage}:{line + 1}",
+            "expert_tensor_parallel_num_weight_shards",
+            lambda s: (
+                s.expert_tensor_parallel_num_weight_shards is not None
+                and indivisible(s.expert_tensor_parallel_num_weight_shards, s.etp)
+            ),
+            "The expert weight shards must be a multiple of etp: "
+            "{expert_tensor_parallel_num_weight_shards} mod {etp} is not 0.",
+            "Use a multiple of {etp}.",
+            final=True,
+        ),
+        derive(f"{stage}:{line + 2}", _expert_weight_shards),
+    )
+
+
 RULES = (
-    error(
-        "MLM-MPC-shards_ge_tp",
-        "validate_args:425",
-        "tensor_parallel_num_weight_shards",
-        lambda s: (
-            s.tensor_parallel_num_weight_shards is not None
-            and s.tensor_parallel_num_weight_shards < s.tp
-        ),
-        "Weights are split at least over tensor parallelism: {tensor_parallel_num_weight_shards} "
-        "shards are fewer than tp = {tp}.",
-        "Use {tp} or a multiple of it, or leave it out.",
-        final=True,
-    ),
-    error(
-        "MLM-MPC-shards_div_tp",
-        "validate_args:426",
-        "tensor_parallel_num_weight_shards",
-        lambda s: (
-            s.tensor_parallel_num_weight_shards is not None
-            and s.tensor_parallel_num_weight_shards % s.tp
-            and {"nearest": multiples_near(s.tensor_parallel_num_weight_shards, s.tp)}
-        ),
-        "The weight shards must be a multiple of tp: {tensor_parallel_num_weight_shards} mod {tp} "
-        "is not 0.",
-        "Use {nearest}.",
-        final=True,
-    ),
-    derive("validate_args:427", _weight_shards),
-    error(
-        "MLM-MPC-shards_ge_tp",
-        "validate_args:1500",
-        "expert_tensor_parallel_num_weight_shards",
-        lambda s: (
-            s.expert_tensor_parallel_num_weight_shards is not None
-            and s.expert_tensor_parallel_num_weight_shards < s.etp
-        ),
-        "Expert weights are split at least over expert tensor parallelism: "
-        "{expert_tensor_parallel_num_weight_shards} shards are fewer than etp = {etp}.",
-        "Use {etp} or a multiple of it, or leave it out.",
-        final=True,
-    ),
-    error(
-        "MLM-MPC-shards_div_tp",
-        "validate_args:1501",
-        "expert_tensor_parallel_num_weight_shards",
-        lambda s: (
-            s.expert_tensor_parallel_num_weight_shards is not None
-            and indivisible(s.expert_tensor_parallel_num_weight_shards, s.etp)
-        ),
-        "The expert weight shards must be a multiple of etp: "
-        "{expert_tensor_parallel_num_weight_shards} mod {etp} is not 0.",
-        "Use a multiple of {etp}.",
-        final=True,
-    ),
-    derive("validate_args:1502", _expert_weight_shards),
+    *_dense_shards("validate_args", 425),
+    *_expert_shards("validate_args", 1500),
+    *_dense_shards("transformer_config", 510),
+    *_expert_shards("transformer_config", 513),
     error(
         "MLM-ARG-gtp_fp4",
         "validate_args:1517",
