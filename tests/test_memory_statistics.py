@@ -16,7 +16,7 @@ from meshwright.describe.job import Execution, Job
 from meshwright.describe.models import load_model
 from meshwright.fit.documents import load_models, load_runs, shipped
 from meshwright.fit.predict import predict
-from meshwright.parallel.layout import Zero, layout, table
+from meshwright.parallel.layout import Recompute, Zero, layout, table
 
 
 def job(**changes: Any) -> Job:
@@ -137,3 +137,31 @@ def test_reserved_memory_of_runs_that_were_not_fitted_is_within_7_percent() -> N
     assert len(errors) >= 7
     assert max(errors) < 0.07
     assert np.median(errors) < 0.02
+
+
+def test_deepspeeds_first_stage_sums_fp16_gradients_as_they_are_and_bf16_ones_in_fp32_beside() -> (
+    None
+):
+    models, deepspeed = load_models(shipped("models.json.gz")), {"framework": "Megatron-DeepSpeed"}
+    words = json.dumps({**deepspeed, "zero_stage": 1})
+    rows = [row(precision=p, other_settings=words) for p in ("fp16", "bf16")]
+    half, brain = (p.estimate.memory for p in predict(rows, models) if p.estimate)
+    assert half["grads_bytes"] == half["weights_bytes"]
+    assert brain["grads_bytes"] == 3 * brain["weights_bytes"]
+
+
+def test_a_frameworks_buckets_are_held_beside_weights_and_gradients() -> None:
+    without, flat = (priced(job(bucket_bytes=size)) for size in (0.0, 2e9))
+    more = 2e9 * (1 + fitted().fragmentation_fraction)
+    assert flat.peak_bytes - without.peak_bytes == pytest.approx(more, rel=1e-9)
+
+
+def test_layers_that_are_run_again_come_and_go() -> None:
+    j, cluster = job(), load_cluster("8xH100")
+    x = layout(gpus=8, tp=2, mbs=8, recompute=Recompute.full)
+    found = estimate(load_model("llama3-8b"), cluster, j, x)
+    (rank,) = found.stages
+    # Kept are the inputs of 32 layers and of the last norm and head, nothing of the layer at work.
+    inputs = 8 * 4096 * 4096 * 2 / 2
+    assert rank["activations_bytes"] <= 34 * inputs
+    assert rank["buffers_bytes"] > 4 * inputs

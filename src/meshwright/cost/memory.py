@@ -413,13 +413,14 @@ def workspace_bytes(gpu: Gpu, job: Job, x: Layouts, *, has_experts: bool) -> Flo
     one that runs backward. Transformer Engine has one of its own, four more for the streams of
     grouped products and two more where it overlaps tensor-parallel communication. From Hopper on
     each is 32 MiB; before, PyTorch's is 8.1 MiB (32 MiB where deterministic results are asked for)
-    and Transformer Engine's 4 MiB. Ref: PyTorch, ``CUDABlas.cpp``; TransformerEngine,
-    ``module.base.get_workspace``, ``initialize_ub``. Left out: the workspaces of attention.
+    and Transformer Engine's 4 MiB. The buckets of a framework that copies into them count here too.
+    Ref: PyTorch, ``CUDABlas.cpp``; TransformerEngine, ``module.base.get_workspace``,
+    ``initialize_ub``. Left out: the workspaces of attention.
     """
     execution = job.execution
     small = gpu.architecture.lower().split()[0] in _SMALL_WORKSPACES
     pytorch = 8.125 * MIB if small and not execution.deterministic else 32.0 * MIB
-    held = np.full(len(x.tp), 2.0 * pytorch)
+    held = np.full(len(x.tp), 2.0 * pytorch + execution.bucket_bytes)
     if execution.transformer_engine:
         grouped = 4.0 * float(has_experts and execution.grouped_gemm)
         overlapped = 2.0 * ((x.tp > 1) & execution.overlap_tp_comm)

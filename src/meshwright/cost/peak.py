@@ -78,16 +78,15 @@ def running_bytes(
         heads, layers_present = s.own[rank, head], s.present[q].copy()
         layers_present[head] = 0.0
         needs = b.working * layers_present
-        alive = np.einsum("nk->n", again) if splits else _largest(again)
-        layers = alive + _largest(needs) if splits else _largest(again + needs)
-        alive = np.minimum(alive, layers)
+        together = np.einsum("nk->n", again) + _largest(needs)
+        layers = together if splits else _largest(again + needs)
         gone, gone_logits = heads * b.kept[:, head], heads * b.logits[:, head]
         first = (at_head + _largest(b.back * layers_present)) * float(heads > 0)
         deeper = (layers - gone > first) & (phase != "forward")
         yield Running(
-            activations=activations - losses + np.where(deeper, alive - gone + gone_logits, 0.0),
+            activations=activations - losses + np.where(deeper, gone_logits - gone, 0.0),
             logits=losses - np.where(deeper, gone_logits, 0.0),
-            buffers=np.where(deeper, layers - alive, first) + messages,
+            buffers=np.where(deeper, layers, first) + messages,
         )
 
 

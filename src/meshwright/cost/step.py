@@ -310,9 +310,9 @@ def memory_of_candidates(
     weights, grads, optimizer = parameters of the rank * bytes per parameter. Of a ``phase``, or of
     the one that holds most: ``forward``, everything held and the loss at work; ``backward``, the
     first one, everything held and what the head needs, or the layers when the head is through;
-    ``optimizer``, the state and what its update copies. activations = held micro-batches * kept +
-    recomputed layers alive; buffers = what is alive beside them, messages, workspaces and gathered
-    ZeRO-3 weights. Ref: the docstrings of ``cost.memory``.
+    ``optimizer``, the state and what its update copies. activations = held micro-batches * kept;
+    buffers = what is alive beside them, layers that are run again included, messages, workspaces
+    and gathered ZeRO-3 weights. Ref: the docstrings of ``cost.memory``.
     """
     s, p, at, rows = g.stages, t.priced, g.slices, g.rows
     dense, expert = p.dense_params[at], p.expert_params[at]

@@ -174,6 +174,8 @@ class Execution:
     power_boost: bool = False
     """More of the card's power for the cores than for memory (``vboost``)."""
     cross_entropy_in_fp32: bool = False
+    bucket_bytes: float = 0.0
+    """Flat buffers that gradients are reduced and weights gathered in, beside both."""
     gathers_from_master: bool = False
     """Sharded weights are kept in fp32 alone and cast as they are gathered (PyTorch's FSDP)."""
     expandable_segments: bool = False

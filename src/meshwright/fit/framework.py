@@ -30,6 +30,7 @@ class Framework:
     blocking_checkpoints: bool = False
     expandable_segments: bool = False
     gathers_from_master: bool = False
+    bucket_bytes: float = 0.0
     microbatch_for_each_stage: bool = False
 
 
@@ -63,6 +64,8 @@ FRAMEWORKS = (
     Framework(
         name="deepspeed",
         blocking_checkpoints=True,
+        # One of 5e8 elements to reduce and one to gather, its defaults.
+        bucket_bytes=2 * 5e8 * 2,
         overlap=False,
         sequence_parallel=False,
         distributed_optimizer=False,

@@ -90,6 +90,10 @@ def read_precision(s: Settings, framework: Framework, *, is_latent: bool = False
         changes["param_copy_bytes"] = max(recipe.param_copy_bytes - 1.0, 0.0)
     if framework.name == "composer":
         changes |= _composer(s)
+    if framework.name == "deepspeed":
+        # ZeRO-1 leaves gradients as the model makes them; the bf16 optimizer sums them in fp32
+        # beside the 16-bit ones of the micro-batch.
+        changes["grad_bytes"] = 2.0 if recipe.name == "fp16" else 6.0
     if _is_module(s):
         changes |= {"master_bytes": 0.0, "moment_bytes": 0.0}
     if framework.name in ("torchtitan", "automodel"):
@@ -251,6 +255,7 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
         offloaded_modules=frozenset(s.items("offload_modules"))
         if s.flag("fine_grained_activation_offloading", default=False)
         else frozenset(),
+        bucket_bytes=framework.bucket_bytes,
         gathers_from_master=framework.gathers_from_master,
         expandable_segments="expandable_segments:true" in allocator
         if (allocator := s.text("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
