@@ -12,6 +12,7 @@ import numpy as np
 from meshwright.checks import Case, all_checks, judge_one
 from meshwright.errors import LaunchError, MeshwrightError
 from meshwright.findings import Finding, Severity
+from meshwright.frameworks.advice import advice
 from meshwright.frameworks.launch import Launch
 from meshwright.frameworks.launch_findings import (
     JUDGES_ITSELF,
@@ -181,8 +182,9 @@ def _judge(
 ) -> CheckResult:
     """Return what the rules of layouts add to ``findings``, and the price."""
     stopped = any(f.severity == "error" for f in findings)
-    findings = findings + idle(findings, layout, launch)
     fits = cluster is None or cluster.num_gpus == layout.world_size
+    findings = findings + idle(findings, layout, launch)
+    findings += advice(launch, model, job, layout, cluster if fits else None)
     case = Case(model=model, job=job, x=table([layout]), cluster=cluster if fits else None)
     heard = judge_one(case)
     judged = _new(findings, heard, launch)
