@@ -15,9 +15,9 @@ from meshwright.describe.cluster import load_cluster
 from meshwright.describe.job import Job
 from meshwright.describe.models import load_model
 from meshwright.parallel.layout import Pipeline, to_text
-from meshwright.parallel.placement import place
+from meshwright.parallel.placement import place, place_by
 from meshwright.search import read_space, search
-from meshwright.search.placements import Hints, Work, hints_for, slowest_rank_s, spread
+from meshwright.search.placements import Work, choice_for, slowest_rank_s, spread
 
 EVEN: dict[str, Any] = {"first": 0, "last": 0, "account_for_loss": 0, "pipeline_layout": None}
 
@@ -61,24 +61,28 @@ def test_what_is_told_places_the_layers_so(counts: list[int], vpp: int, mtp: int
     pp = max(len(counts) // vpp, 2)
     counts = (counts * vpp)[: pp * vpp]
     schedule = Pipeline.interleaved if vpp > 1 else Pipeline.one_f_one_b
-    hints = hints_for(tuple(counts), pp, schedule, mtp)
-    placed = place(sum(counts), pp, vpp, mtp=mtp, schedule=schedule, **vars(hints))
+    told = choice_for(tuple(counts), pp, schedule, mtp)
+    placed = place_by(told, sum(counts), mtp)
     assert [len(layers) for layers in placed.layers] == counts
 
 
 @pytest.mark.parametrize(
-    ("counts", "hints"),
+    ("counts", "told"),
     [
-        ((4, 4, 4, 4), Hints()),
-        ((4, 4, 4, 3), Hints(account_for_loss=1)),
-        ((3, 4, 4, 3), Hints(account_for_embedding=1, account_for_loss=1)),
-        ((4, 4, 4, 2), Hints(last=2)),
-        ((5, 4, 4, 2), Hints(first=5, last=2)),
-        ((5, 4, 4, 4, 3, 0), Hints(pipeline_layout="Et*5|(t*4|)*3t*3|L")),
+        ((4, 4, 4, 4), {}),
+        ((4, 4, 4, 3), {"account_for_loss": 1}),
+        ((3, 4, 4, 3), {"account_for_embedding": 1, "account_for_loss": 1}),
+        ((4, 4, 4, 2), {"last": 2}),
+        ((5, 4, 4, 2), {"first": 5, "last": 2}),
+        ((5, 4, 4, 4, 3, 0), {"pipeline_layout": "Et*5|(t*4|)*3t*3|L"}),
     ],
 )
-def test_a_placement_is_told_as_shortly_as_can_be(counts: tuple[int, ...], hints: Hints) -> None:
-    assert hints_for(counts, len(counts), Pipeline.one_f_one_b, 0) == hints
+def test_a_placement_is_told_as_shortly_as_can_be(
+    counts: tuple[int, ...], told: dict[str, Any]
+) -> None:
+    found = vars(choice_for(counts, len(counts), Pipeline.one_f_one_b, 0))
+    shape = {"pp": len(counts), "vpp": 1, "schedule": Pipeline.one_f_one_b}
+    assert {name: value for name, value in found.items() if value} == shape | told
 
 
 def test_a_large_vocabulary_is_planned_with_fewer_layers_on_the_last_stage() -> None:

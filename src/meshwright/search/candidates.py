@@ -28,8 +28,8 @@ from meshwright.parallel.layout import (
     num_rows,
     take,
 )
-from meshwright.search.pipelines import PipelineChoice, pipelines
-from meshwright.search.placements import work_of
+from meshwright.search.pipelines import pipelines
+from meshwright.search.placements import PipelineChoice, work_of
 from meshwright.search.space import Space
 
 
@@ -51,7 +51,7 @@ def candidate_tables(
         x = _rows(cluster, job, space, inner, pipeline)
         candidates += num_rows(x)
         if num_rows(x):
-            by_string.setdefault(pipeline.hints.pipeline_layout, []).append(x)
+            by_string.setdefault(pipeline.pipeline_layout, []).append(x)
     tables: list[Layouts] = []
     for parts in by_string.values():
         x = concatenate(parts)
@@ -180,18 +180,10 @@ def _useful(zero: int, replicate: Ints, shard_ranks: Ints) -> NDArray[np.bool_]:
 
 
 def _table(inner: Ints, dp: Ints, zero: Ints, replicate: Ints, pipeline: PipelineChoice) -> Layouts:
-    fixed = dict.fromkeys(COLUMNS, 0) | {
-        "pp": pipeline.pp,
-        "vpp": pipeline.vpp,
-        "schedule": int(pipeline.schedule),
-        "first": pipeline.hints.first,
-        "last": pipeline.hints.last,
-        "account_for_embedding": pipeline.hints.account_for_embedding,
-        "account_for_loss": pipeline.hints.account_for_loss,
-    }
+    fixed = {name: getattr(pipeline, name, 0) for name in COLUMNS}
     # Views of one number: ``concatenate`` writes them out.
     values = {name: np.broadcast_to(np.int64(v), len(dp)) for name, v in fixed.items()}
     values |= {name: inner[:, k] for k, name in enumerate(_INNER)}
     values |= {"dp": dp, "zero": zero, "dp_replicate": replicate}
     columns: dict[str, Any] = values
-    return Layout[Ints](**columns, pipeline_layout=pipeline.hints.pipeline_layout)
+    return Layout[Ints](**columns, pipeline_layout=pipeline.pipeline_layout)

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from meshwright.describe.cluster import Cluster
 from meshwright.describe.model import Model
 from meshwright.errors import divisors
 from meshwright.parallel.layout import Pipeline
-from meshwright.search.placements import Hints, Work, hints_for, worth_trying
+from meshwright.search.placements import PipelineChoice, Work, choice_for, worth_trying
 from meshwright.search.space import Space
 
 MOST_CHUNKS = 10
 """Model chunks of a pipeline rank that are tried: each costs messages, and the last ones gain
 little."""
-
-
-@dataclass(frozen=True)
-class PipelineChoice:
-    """Degrees, schedule and placement of a pipeline."""
-
-    pp: int
-    vpp: int
-    schedule: Pipeline
-    hints: Hints
 
 
 def pipelines(
@@ -47,8 +36,7 @@ def pipelines(
             if pp > 1 and vpp == 2:
                 schedules.append(Pipeline.zb_v)
             for schedule in space.choices("schedule", schedules):
-                for hints in _placements(model, pp, vpp, Pipeline(schedule), works):
-                    yield PipelineChoice(pp, vpp, Pipeline(schedule), hints)
+                yield from _placements(model, pp, vpp, Pipeline(schedule), works)
 
 
 def _chunks(layers: int, pp: int) -> list[int]:
@@ -62,7 +50,7 @@ def _chunks(layers: int, pp: int) -> list[int]:
 
 def _placements(
     model: Model, pp: int, vpp: int, schedule: Pipeline, works: list[Work]
-) -> Iterator[Hints]:
+) -> Iterator[PipelineChoice]:
     layers, stages, mtp = model.num_layers, pp * vpp, len(model.mtp_layers)
     even = None
     if layers % stages == 0:
@@ -71,9 +59,9 @@ def _placements(
         each = (layers + 2) // stages
         even = (each - 1, *(each,) * (stages - 2), each - 1)
     if even is not None:
-        yield hints_for(even, pp, schedule, mtp)
+        yield choice_for(even, pp, schedule, mtp)
     if stages == 1 or (mtp > 1 and stages == layers):
         return
     uneven = worth_trying(works, even, pp, stages, schedule)
     if uneven is not None:
-        yield hints_for(uneven, pp, schedule, mtp)
+        yield choice_for(uneven, pp, schedule, mtp)

@@ -7,7 +7,7 @@ the cost model for a few layouts; the search then prices the placements like any
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -20,7 +20,7 @@ from meshwright.describe.job import Job
 from meshwright.describe.model import Model
 from meshwright.errors import LayoutError
 from meshwright.parallel.layout import Layout, Pipeline, table
-from meshwright.parallel.placement import place, stage_ranks
+from meshwright.parallel.placement import place_by, stage_ranks
 
 WORTH_FRACTION = 0.01
 """What an uneven placement must take off the slowest rank to be tried beside the even one."""
@@ -111,10 +111,13 @@ def worth_trying(
     return best if gain.max() > WORTH_FRACTION else None
 
 
-@dataclass(frozen=True)
-class Hints:
-    """How a placement is told: the columns and the string of a layout, none for an even one."""
+@dataclass(frozen=True, kw_only=True)
+class PipelineChoice:
+    """Degrees, schedule and placement of a pipeline, in the words of a layout."""
 
+    pp: int
+    vpp: int
+    schedule: Pipeline
     first: int = 0
     last: int = 0
     account_for_embedding: int = 0
@@ -122,23 +125,30 @@ class Hints:
     pipeline_layout: str | None = None
 
 
-def hints_for(counts: tuple[int, ...], pp: int, schedule: Pipeline, mtp: int) -> Hints:
+def choice_for(counts: tuple[int, ...], pp: int, schedule: Pipeline, mtp: int) -> PipelineChoice:
     """Return the shortest way to tell a placement: a switch, ends of their own, or a string."""
-    vpp = len(counts) // pp
-    ends = [sum(counts[rank::pp]) for rank in (0, pp - 1)]
+    plain = PipelineChoice(pp=pp, vpp=len(counts) // pp, schedule=schedule)
+    first, last = sum(counts[::pp]), sum(counts[pp - 1 :: pp])
     ways = [
-        Hints(),
-        Hints(account_for_loss=1),
-        Hints(account_for_embedding=1),
-        Hints(account_for_embedding=1, account_for_loss=1),
-        Hints(last=ends[1]),
-        Hints(first=ends[0]),
-        Hints(first=ends[0], last=ends[1]),
+        plain,
+        replace(plain, account_for_loss=1),
+        replace(plain, account_for_embedding=1),
+        replace(plain, account_for_embedding=1, account_for_loss=1),
+        replace(plain, last=last),
+        replace(plain, first=first),
+        replace(plain, first=first, last=last),
     ]
     for way in ways:
-        if _counts(sum(counts), pp, vpp, schedule, way) == counts:
+        if _places(way, counts):
             return way
-    return Hints(pipeline_layout="E" + _spelled(counts) + "m" * mtp + "L")
+    return replace(plain, pipeline_layout="E" + _spelled(counts) + "m" * mtp + "L")
+
+
+def _places(way: PipelineChoice, counts: tuple[int, ...]) -> bool:
+    try:
+        return tuple(map(len, place_by(way, sum(counts), 0).layers)) == counts
+    except LayoutError:
+        return False
 
 
 def _spelled(counts: tuple[int, ...]) -> str:
@@ -149,22 +159,3 @@ def _spelled(counts: tuple[int, ...]) -> str:
         stage = f"t*{count}|" if count > 2 else "t" * count + "|"
         text += f"({stage})*{times}" if times > 2 else stage * times
     return text + (f"t*{counts[-1]}" if counts[-1] > 2 else "t" * counts[-1])
-
-
-def _counts(
-    num_layers: int, pp: int, vpp: int, schedule: Pipeline, hints: Hints
-) -> tuple[int, ...] | None:
-    try:
-        placed = place(
-            num_layers,
-            pp,
-            vpp,
-            first=hints.first,
-            last=hints.last,
-            account_for_embedding=bool(hints.account_for_embedding),
-            account_for_loss=bool(hints.account_for_loss),
-            schedule=schedule,
-        )
-    except LayoutError:
-        return None
-    return tuple(map(len, placed.layers))
