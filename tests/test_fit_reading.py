@@ -164,10 +164,10 @@ def test_recomputation_is_found_among_the_settings() -> None:
     assert run(old, recompute="").layout.recompute == Recompute.core_attn
 
 
-def test_a_recipe_that_recomputes_is_followed_where_the_run_would_not_fit_without() -> None:
-    words = {"activation_checkpointing_in_recipe_at_main": True}
-    assert run(words, recompute="").layout.recompute == Recompute.none
-    assert run(words, recompute="", mbs="4", seq_len="16384").layout.recompute == Recompute.full
+def test_a_row_without_a_word_recomputes_as_its_recipe_did_later() -> None:
+    found = run({"activation_checkpointing_in_recipe_at_main": True}, recompute="")
+    assert found.layout.recompute == Recompute.full
+    assert any("later recipe" in line for line in found.assumed)
 
 
 @pytest.mark.parametrize(

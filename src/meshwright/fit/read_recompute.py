@@ -18,8 +18,6 @@ CHECKPOINTING = (
 )
 """Switches that other frameworks than Megatron have for recomputing whole layers."""
 
-IF_NEEDED = "if needed"
-
 WHOLE = ("full", "ac", "checkpointing", "activation checkpointing", "gradient checkpointing")
 
 MODULES = {m.name: m for m in Recompute if 0 < m < Recompute.full}
@@ -38,14 +36,11 @@ class Recomputation:
     """What is dropped and computed again; ``num_layers`` of a method, 0 where it has none.
 
     ``by_op``: torchtitan's selective checkpointing by op, which keeps every second matmul.
-    ``if_needed``: a recipe recomputes whole layers, and it is not known whether this run did; taken
-    is that it did where it would not fit otherwise.
     """
 
     modules: Recompute = Recompute.none
     num_layers: int = 0
     by_op: bool = False
-    if_needed: bool = False
 
 
 def read_recompute(s: Settings, framework: Framework, layers_per_stage: int) -> Recomputation:
@@ -53,8 +48,6 @@ def read_recompute(s: Settings, framework: Framework, layers_per_stage: int) -> 
     text = re.sub(r"\s+", " ", s.cell("recompute").lower().replace("-", "_"))
     if text in NOT_STATED and text != "none":
         text = _from_settings(s)
-    if text == IF_NEEDED:
-        return Recomputation(if_needed=True)
     kind, _, detail = text.partition(":")
     every = re.search(r"every (\d+)(?:nd|rd|th)? ?layer|layer.*every (\d+)", text)
     if every is None and kind == "selective" and framework.name == "torchtitan":
@@ -114,7 +107,8 @@ def _from_settings(s: Settings) -> str:
     if s.flag(*CHECKPOINTING, default=False):
         return "full"
     if s.flag("activation_checkpointing_in_recipe_at_main", default=False):
-        return IF_NEEDED
+        s.assumed.append("recompute = full: not stated, as in a later recipe")
+        return "full"
     if kind not in NO:
         s.assumed.append(f"recomputing {kind!r} is not known and not priced")
     elif not kind:

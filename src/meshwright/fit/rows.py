@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from meshwright.checks import Case, all_checks
-from meshwright.cost.detail import estimate
 from meshwright.cost.memory import Statistic
 from meshwright.describe.cluster import Cluster, build_cluster
 from meshwright.describe.decoder import build_decoder
@@ -23,7 +22,7 @@ from meshwright.fit.read_job import read_job
 from meshwright.fit.read_layout import read_layout
 from meshwright.fit.read_recompute import read_recompute
 from meshwright.fit.settings import Settings, read_settings
-from meshwright.parallel.layout import Layout, Recompute, table
+from meshwright.parallel.layout import Layout, table
 
 Rank = Literal["fullest", "first", "last"]
 
@@ -67,8 +66,6 @@ def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
         s, framework, seq_len, degrees.gbs, is_latent=model.is_mla, by_op=recompute.by_op
     )
     made = read_layout(s, framework, model, degrees, recompute, cluster.gpus_per_node)
-    if recompute.if_needed:
-        made = _recomputed_if_needed(s, made, lambda x: estimate(model, cluster, job, x).verdict)
     _refuse_what_cannot_be(Case(model=model, job=job, x=table([made]), cluster=cluster))
     statistic, rank = read_question(s)
     return Run(
@@ -81,16 +78,6 @@ def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
         is_module=s.cell("task") == "module",
         assumed=tuple(dict.fromkeys((*model.assumed, *cluster.assumed, *s.assumed))),
     )
-
-
-def _recomputed_if_needed(
-    s: Settings, made: Layout[int], verdict: Callable[[Layout[int]], str]
-) -> Layout[int]:
-    """Return the layout with whole layers recomputed, or without where that fits."""
-    fits = verdict(made) == "fits"
-    word = "none: not stated, and it fits" if fits else "full: not stated, as in a later recipe"
-    s.assumed.append(f"recompute = {word}")
-    return made if fits else replace(made, recompute=Recompute.full)
 
 
 REFUSED_RULES = ("divisibility", "ep_needs_experts", "ep_divides_experts", "gpu_has_the_format")
