@@ -16,10 +16,13 @@ import pytest
 import meshwright as mw
 from launches import titan, verl
 from meshwright.findings import Finding
+from meshwright.frameworks.megatron_bridge.launch import rules as bridge_rules
+from meshwright.frameworks.megatron_lm.launch import rules as megatron_rules
 from meshwright.frameworks.read import read_launch
 from test_framework_rules import actor, llama, rl, rl_fsdp, sft
 
-with (Path(__file__).parent / "data" / "broken_rules.csv").open(encoding="ascii") as table:
+DATA = Path(__file__).parent / "data"
+with (DATA / "broken_rules.csv").open(encoding="ascii") as table:
     ROWS = {row["rule"]: row for row in csv.DictReader(table)}
 
 MEGATRON = (
@@ -66,6 +69,7 @@ LAUNCHES: dict[str, Callable[[str], Sequence[Finding]]] = {
     "titan": read(llama),
     "titan_graphs": read(lambda t: titan("llama3_8b", f"{TOKENS} {t}")),
     "titan_qwen": read(lambda t: titan("qwen3_30b_a3b", f"{TOKENS} {EAGER} {t}")),
+    "titan_flux": read(lambda text: titan("flux_dev", text)),
     "titan_moe": read(lambda t: titan("deepseek_v3_16b", f"{TOKENS} {t}")),
     "titan_eager_moe": read(lambda t: titan("deepseek_v3_16b", f"{TOKENS} {EAGER} {t}")),
 }
@@ -80,3 +84,10 @@ def test_a_rule_is_told_of_its_breach_and_of_nothing_beside_it(rule: str) -> Non
     assert broken.severity == row["severity"]
     assert "{" not in broken.message
     assert rule not in {f.id for f in found(row["mended"])}
+
+
+def test_a_rule_that_is_said_to_be_unjudged_is_judged_nowhere() -> None:
+    with (DATA / "unjudged_rules.csv").open(encoding="ascii") as file:
+        unjudged = {row["rule"] for row in csv.DictReader(file)}
+    known = {rule.id for rule in (*megatron_rules(), *bridge_rules())}
+    assert unjudged & (known | ROWS.keys()) == set()

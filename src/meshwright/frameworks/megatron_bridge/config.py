@@ -43,6 +43,10 @@ def _local_graph(s: Settings) -> object:
     return s.cuda_graph_impl == "local" and not inference
 
 
+def _old_graphs(s: Settings) -> bool:
+    return bool(s.enable_cuda_graph or s.external_cuda_graph)
+
+
 def _nccl_algorithm(s: Settings) -> object:
     given = s.site.env.get("NCCL_ALGO")
     return (
@@ -130,6 +134,34 @@ RULES = (
     derive(
         "data_parallel:1030",
         lambda s: {"data_parallel_size": s.world_size // (s.tp * s.pp * s.cp)},
+    ),
+    error(
+        "MLM-ARG-graph_old_and_impl",
+        "transformer_config:2703",
+        "cuda_graph_impl",
+        lambda s: _old_graphs(s) and s.cuda_graph_impl != "none",
+        "The old switches and {write[cuda_graph_impl]} exclude each other.",
+        "Keep {write[cuda_graph_impl]}.",
+    ),
+    error(
+        "MLM-ARG-graph_old_both",
+        "transformer_config:2704",
+        "enable_cuda_graph",
+        lambda s: s.enable_cuda_graph and s.external_cuda_graph,
+        "There is one implementation of CUDA graphs at a time.",
+        "Use {write[cuda_graph_impl=local]} or {write[cuda_graph_impl=transformer_engine]}.",
+    ),
+    change(
+        "MLM-ARG-graph_old_impl",
+        "transformer_config:2705",
+        "cuda_graph_impl",
+        lambda s: (
+            _old_graphs(s)
+            and s.cuda_graph_impl == "none"
+            and {"cuda_graph_impl": "local" if s.enable_cuda_graph else "transformer_engine"}
+        ),
+        "The old switch means {write[cuda_graph_impl]}={cuda_graph_impl}.",
+        "Write that.",
     ),
     derive(
         "num_microbatches:1",

@@ -404,6 +404,15 @@ RULES: Final = (
         remedy="Use {most} or less.",
     ),
     Rule(
+        id="TT-TRAIN-pp_support",
+        field=f"{_P}.pipeline_parallel_degree",
+        broken=lambda f: (
+            f.degree("pipeline_model_parallel_size") > 1 and str(f.word("model")).startswith("flux")
+        ),
+        rule="torchtitan does not cut this model into pipeline stages.",
+        remedy="Use 1.",
+    ),
+    Rule(
         id="TT-TRAIN-pp_micro",
         field=f"{_P}.num_pp_microbatches",
         broken=below(f"{_P}.num_pp_microbatches"),
