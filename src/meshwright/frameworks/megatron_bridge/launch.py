@@ -16,21 +16,17 @@ from meshwright.frameworks.megatron_bridge import (
     sharding,
     training,
 )
-from meshwright.frameworks.megatron_bridge.settings import (
-    Overrides,
-    UnusableOverride,
-    defaults,
-    parse,
-)
+from meshwright.frameworks.megatron_bridge.settings import Overrides, defaults, parse
 from meshwright.frameworks.megatron_lm import arguments
 from meshwright.frameworks.megatron_lm import launch as megatron_lm
-from meshwright.frameworks.megatron_lm.launch import NOT_ON_THE_COMMAND_LINE, Resolved
-from meshwright.frameworks.megatron_lm.rules import (
-    Rule,
-    Settings,
-    examine,
-    in_order,
+from meshwright.frameworks.megatron_lm.arguments import UnusableArgument
+from meshwright.frameworks.megatron_lm.launch import (
+    NOT_ON_THE_COMMAND_LINE,
+    Resolved,
+    examined,
+    refused_launch,
 )
+from meshwright.frameworks.megatron_lm.rules import Rule, in_order
 from meshwright.frameworks.site import site_of
 
 STAGES = (
@@ -96,37 +92,15 @@ def resolve(argv: Sequence[str], gpus: int, env: Mapping[str, object] | None = N
     ``env`` holds environment variables and what is known of the machine (``site_of``).
     Whatever is wrong with ``argv`` is a finding.
     """
+    base = _base()
     site = site_of(env)
-    values = dict(_base())
-    sources = dict.fromkeys(values, "default")
     try:
         given = parse(argv)
-    except UnusableOverride as refused:
-        return Resolved(values=values, sources=sources, changes={}, findings=[_refused(refused)])
-    values.update(given)
-    sources.update(dict.fromkeys(given, "flag"))
-    settings = Settings(values, site=site, world_size=gpus, given=given)
-    seen = examine(rules(), settings, Overrides())
-    return Resolved(
-        values=settings.values(),
-        sources=sources | seen.sources,
-        changes=seen.changes,
-        findings=seen.findings,
-    )
+    except UnusableArgument as refused:
+        return refused_launch(base, refused, "MB-OVERRIDE")
+    return examined(base, given, rules(), Overrides(), site, gpus)
 
 
 def check(argv: Sequence[str], gpus: int, env: Mapping[str, object] | None = None) -> list[Finding]:
     """Return what is wrong with a Megatron-Bridge launch, what it would stop at first."""
     return resolve(argv, gpus, env).findings
-
-
-def _refused(refused: UnusableOverride) -> Finding:
-    return Finding(
-        id="MB-OVERRIDE",
-        severity="error",
-        field=refused.path,
-        value=refused.value,
-        rule=refused.rule,
-        remedy=refused.remedy,
-        message=f"{refused.rule} {refused.remedy}".strip(),
-    )

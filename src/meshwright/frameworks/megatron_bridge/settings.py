@@ -17,7 +17,7 @@ from importlib.resources import files
 from typing import Any
 
 from meshwright.errors import did_you_mean
-from meshwright.frameworks.megatron_lm.arguments import pattern
+from meshwright.frameworks.megatron_lm.arguments import UnusableArgument, pattern
 from meshwright.frameworks.megatron_lm.rules import is_list
 
 UNDOTTED = ("dataset_kind", "mixed_precision")
@@ -95,14 +95,6 @@ class Setting:
     default: Any
 
 
-class UnusableOverride(ValueError):
-    """What Bridge cannot take: ``path``, ``value``, the ``rule`` and the ``remedy``."""
-
-    def __init__(self, path: str, value: object, rule: str, remedy: str) -> None:
-        super().__init__(rule)
-        self.path, self.value, self.rule, self.remedy = path, value, rule, remedy
-
-
 def setting_of(path: str) -> str:
     """Return the name by which rules know ``path``."""
     if path in _RENAMED:
@@ -145,18 +137,18 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
 
     Strings are unquoted; lists, booleans and null are JSON. A later override wins.
 
-    Raises ``UnusableOverride`` on an unknown path or a value of the wrong type.
+    Raises ``UnusableArgument`` on an unknown path or a value of the wrong type.
     """
     given: dict[str, Any] = {}
     for text in argv:
         path, sign, value = text.strip().partition("=")
         if not sign:
-            raise UnusableOverride(text, text, "An override is path=value.", "Add the value.")
+            raise UnusableArgument(text, text, "An override is path=value.", "Add the value.")
         path = path.lstrip("+")
         if path not in settings() and path not in UNDOTTED:
             known = [*settings(), *UNDOTTED]
             rule = f"There is no setting {path[:80]}."
-            raise UnusableOverride(path[:80], value, rule, did_you_mean(path[:80], known))
+            raise UnusableArgument(path[:80], value, rule, did_you_mean(path[:80], known))
         given[setting_of(path)] = _typed(path, _read(value))
     return given
 
@@ -177,12 +169,12 @@ _WORDS = {"true": True, "false": False, "null": None, "none": None}
 def _typed(path: str, value: Any) -> Any:
     if path == "mixed_precision":
         if value is not None and not isinstance(value, str):
-            raise UnusableOverride(path, value, "A recipe has a name.", f"Write {path}=bf16_mixed.")
+            raise UnusableArgument(path, value, "A recipe has a name.", f"Write {path}=bf16_mixed.")
         return value.replace("-", "_") if value else None
     if path == "dataset_kind":
         if value not in DATASET_KINDS:
             rule = f"The dataset is one of {', '.join(DATASET_KINDS)}."
-            raise UnusableOverride(path, value, rule, f"Write {path}=sft.")
+            raise UnusableArgument(path, value, rule, f"Write {path}=sft.")
         return value
     if path == "model.pipeline_model_parallel_layout":
         value = _layout_text(value)
@@ -194,7 +186,7 @@ def _typed(path: str, value: Any) -> Any:
         return value
     fits, what, example = _TYPES[kind]
     if not fits(value):
-        raise UnusableOverride(path, value, f"{path} is {what}.", f"Write {path}={example}.")
+        raise UnusableArgument(path, value, f"{path} is {what}.", f"Write {path}={example}.")
     return pattern(value) if kind == "pattern" and isinstance(value, str) else value
 
 

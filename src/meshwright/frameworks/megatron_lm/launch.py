@@ -35,10 +35,11 @@ from meshwright.frameworks.megatron_lm.arguments import (
 from meshwright.frameworks.megatron_lm.rules import (
     Rule,
     Settings,
+    Spelling,
     examine,
     in_order,
 )
-from meshwright.frameworks.site import site_of
+from meshwright.frameworks.site import Site, site_of
 
 TOPICS = (
     parallel,
@@ -148,17 +149,28 @@ def resolve(argv: Sequence[str], gpus: int, env: Mapping[str, object] | None = N
     ``env`` holds environment variables and what is known of the machine (``site_of``).
     Whatever is wrong with ``argv`` is a finding.
     """
+    base = defaults() | NOT_ON_THE_COMMAND_LINE
     site = site_of(env)
-    values = defaults() | NOT_ON_THE_COMMAND_LINE
-    sources = dict.fromkeys(values, "default")
     try:
         given = parse(argv)
     except UnusableArgument as refused:
-        return Resolved(values=values, sources=sources, changes={}, findings=[_refused(refused)])
-    values.update(given)
-    sources.update(dict.fromkeys(given, "flag"))
+        return refused_launch(base, refused, "MLM-ARGPARSE")
+    return examined(base, given, rules(), CommandLine(), site, gpus)
+
+
+def examined(
+    base: Mapping[str, Any],
+    given: Mapping[str, Any],
+    rules: Sequence[Rule],
+    spelling: Spelling,
+    site: Site,
+    gpus: int,
+) -> Resolved:
+    """Return what becomes of the settings ``given`` above ``base`` when the rules are asked."""
+    values = {**base, **given}
     settings = Settings(values, site=site, world_size=gpus, given=given)
-    seen = examine(rules(), settings, CommandLine())
+    seen = examine(rules, settings, spelling)
+    sources = dict.fromkeys(base, "default") | dict.fromkeys(given, "flag")
     return Resolved(
         values=settings.values(),
         sources=sources | seen.sources,
@@ -167,19 +179,21 @@ def resolve(argv: Sequence[str], gpus: int, env: Mapping[str, object] | None = N
     )
 
 
-def check(argv: Sequence[str], gpus: int, env: Mapping[str, object] | None = None) -> list[Finding]:
-    """Return what is wrong with a Megatron-LM launch, what it would stop at first."""
-    return resolve(argv, gpus, env).findings
-
-
-def _refused(refused: UnusableArgument) -> Finding:
-    name = refused.flag or "argv"
-    return Finding(
-        id="MLM-ARGPARSE",
+def refused_launch(base: Mapping[str, Any], refused: UnusableArgument, name: str) -> Resolved:
+    """Return a launch whose arguments cannot be read at all: one finding, called ``name``."""
+    finding = Finding(
+        id=name,
         severity="error",
-        field=name,
+        field=refused.flag or "argv",
         value=refused.value,
         rule=refused.rule,
         remedy=refused.remedy,
         message=f"{refused.rule} {refused.remedy}".strip(),
     )
+    sources = dict.fromkeys(base, "default")
+    return Resolved(values=dict(base), sources=sources, changes={}, findings=[finding])
+
+
+def check(argv: Sequence[str], gpus: int, env: Mapping[str, object] | None = None) -> list[Finding]:
+    """Return what is wrong with a Megatron-LM launch, what it would stop at first."""
+    return resolve(argv, gpus, env).findings
