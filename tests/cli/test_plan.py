@@ -112,7 +112,7 @@ def test_the_front_of_memory_against_time_is_shown_without_what_gains_little(
 def test_no_heading_is_cut_on_a_narrow_terminal(
     run: Run, model: str, monkeypatch: pytest.MonkeyPatch, columns: str
 ) -> None:
-    monkeypatch.setattr("meshwright.cli.show.PIPED_WIDTH", int(columns))
+    monkeypatch.setattr("meshwright.cli.show.terminal.PIPED_WIDTH", int(columns))
     out = run("plan", model, "16xH100", *BATCH).out
     assert "layers" in out
     assert "..." not in out

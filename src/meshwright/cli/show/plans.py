@@ -1,22 +1,18 @@
-"""How answers look on a terminal: short tables, plain sentences, no colour when piped."""
+"""Plans and estimates: the ranking, where memory and time go, why, what was assumed."""
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from meshwright.cli.text import signed
-from meshwright.units import format_bytes, format_count, format_flops_per_s, format_s, format_value
+from meshwright.cli.show.terminal import console, plain_table
+from meshwright.units import format_bytes, format_count, format_flops_per_s, format_s
 
 if TYPE_CHECKING:
-    from meshwright.api import Explained
     from meshwright.cost.detail import Estimate
     from meshwright.describe.cluster import Cluster
     from meshwright.describe.job import Job
@@ -25,9 +21,6 @@ if TYPE_CHECKING:
     from meshwright.parallel.layout import Layout
     from meshwright.plans import Plan, Plans
     from meshwright.search import Ranked
-    from meshwright.verify.account_report import AccountReport
-    from meshwright.verify.numerics import VerifyReport
-    from meshwright.why_not import WhyNot
 
 _SHORT = {
     "activations_bytes": "activ.",
@@ -37,29 +30,6 @@ _SHORT = {
 """Headings that would be too wide for a terminal of 80 columns."""
 WORTH_SHOWING = 0.05
 """A layout of a front that is faster by less than this than its neighbour is left out."""
-PIPED_WIDTH = 140
-"""Columns when nobody watches: wide enough that no cell is cut."""
-
-
-def console() -> Console:
-    """Return the console for answers; piped output is never narrowed or coloured."""
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
-
-
-@contextmanager
-def progress_bar() -> Generator[Callable[[str, int, int], None]]:
-    """Yield a function that reports progress: a bar on standard error while a person watches."""
-    if not sys.stderr.isatty():
-        yield lambda what, done, of: None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=1)
-        yield lambda what, done, of: progress.update(
-            task, description=what, completed=done, total=max(of, 1)
-        )
 
 
 def show_plans(plans: Plans, model: Model, cluster: Cluster, job: Job) -> None:
@@ -74,7 +44,7 @@ def show_plans(plans: Plans, model: Model, cluster: Cluster, job: Job) -> None:
     if not plans.plans:
         _show_nothing_fits(plans, out)
         return
-    out.print(_ranking(plans.plans))
+    out.print(ranking(plans.plans))
     best = plans.plans[0]
     _show_detail(best, out)
     out.print("\n[bold]Why it won[/]")
@@ -103,7 +73,7 @@ def show_plan(plan: Plan) -> None:
     """Print the answer of ``estimate``."""
     out = console()
     _show_question(plan.model, plan.cluster, plan.job, out)
-    out.print(_ranking([plan]))
+    out.print(ranking([plan]))
     _show_detail(plan, out)
     _show_findings(plan.findings, out)
     _show_assumed(plan.estimate, out)
@@ -135,8 +105,9 @@ def short_layout(x: Layout[int]) -> str:
     return " ".join(words)
 
 
-def _ranking(plans: Sequence[Plan], names: Sequence[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def ranking(plans: Sequence[Plan], names: Sequence[str] = ()) -> Table:
+    """Return a line a plan: layout, step, rate, peak; numbered, or by ``names``."""
+    table = plain_table()
     table.add_column("" if names else "#", justify="left" if names else "right")
     table.add_column("layout", overflow="fold")
     for name in ("step", "tokens/s/GPU", "MFU", "peak", "margin", "fits?"):
@@ -168,7 +139,7 @@ def _show_detail(plan: Plan, out: Console) -> None:
 def _memory_table(e: Estimate) -> Table:
     from meshwright.cost.step import MEMORY_TERMS
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     table.add_column("stage", justify="right", no_wrap=True)
     table.add_column("layers", justify="right", no_wrap=True)
     for term in MEMORY_TERMS:
@@ -203,7 +174,7 @@ def _merged(
 
 
 def _time_table(e: Estimate) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = plain_table(header=False)
     table.add_column("term")
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("share", justify="right")
@@ -223,7 +194,7 @@ def _show_starting_points(plans: Plans, out: Console) -> None:
     if not plans.starting_points:
         return
     out.print("\n[bold]What the guides would start with[/]")
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     for name in ("guide", "layout"):
         table.add_column(name, overflow="fold")
     for name in ("step", "peak", "memory"):
@@ -243,7 +214,7 @@ def _show_starting_points(plans: Plans, out: Console) -> None:
 def _show_pareto(plans: Plans, out: Console) -> None:
     out.print("\n[bold]Memory against time[/] (each line is the fastest within its memory)")
     shown = _far_apart(plans.pareto)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     table.add_column("peak", justify="right", no_wrap=True)
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column("layout", overflow="fold")
@@ -280,7 +251,7 @@ def _show_nothing_fits(plans: Plans, out: Console) -> None:
         f"{limit} it may hold:",
         soft_wrap=True,
     )
-    out.print(_ranking([closest]))
+    out.print(ranking([closest]))
     _show_detail(closest, out)
     small = plans.smallest_cluster
     if small is None:
@@ -290,7 +261,7 @@ def _show_nothing_fits(plans: Plans, out: Console) -> None:
             f"\nThe smallest cluster that works: [bold]{small.cluster.name}[/] "
             f"({small.layout.world_size} GPUs)"
         )
-        out.print(_ranking([small]))
+        out.print(ranking([small]))
     _show_assumed(closest.estimate, out)
 
 
@@ -316,177 +287,3 @@ def _show_layout_text(x: Layout[int], out: Console) -> None:
 
     out.print("\nThe best layout, for --layout:")
     print(f'"{to_text(x)}"')
-
-
-def show_explanation(told: Explained) -> None:
-    """Print the answer of ``explain``: a line a term, or everything about one."""
-    from meshwright.cost.explain import TERMS
-
-    out = console()
-    out.print(short_layout(told.plan.layout))
-    if len(told.formulas) > 1:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("term", "value", "what", "source"):
-            table.add_column(name, overflow="fold", justify="right" if name == "value" else "left")
-        for term, formulas in told.formulas.items():
-            value = format_value(term, told.values[term])
-            source = next((f.source for f in formulas if f.source), "")
-            table.add_row(term, value, escape(TERMS[term].what), escape(source))
-        out.print(table)
-        out.print(
-            "\nFor formulas and what they leave out, name a term: meshwright explain ... TERM"
-        )
-        return
-    for term, formulas in told.formulas.items():
-        out.print(f"\n[bold]{term}[/] = {format_value(term, told.values[term])}")
-        out.print(TERMS[term].what)
-        for formula in formulas:
-            out.print(f"\n{formula.what}", markup=False)
-            for label, text in (
-                ("formula", formula.formula),
-                ("source", formula.source),
-                ("left out", formula.left_out),
-            ):
-                if text:
-                    out.print(f"  {label}: {text}", markup=False, soft_wrap=True)
-
-
-def show_why_not(answer: WhyNot) -> None:
-    """Print two layouts side by side, the difference term by term."""
-    out = console()
-    if answer.other is not None:
-        out.print(_ranking([answer.base, answer.other], ("chosen", "asked")))
-        out.print(_differences(answer, answer.other))
-    out.print(answer.verdict(), markup=False, soft_wrap=True)
-
-
-def _differences(answer: WhyNot, other: Plan) -> Table:
-    from meshwright.why_not import is_worth_telling
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("term")
-    for name in ("chosen", "asked", "change"):
-        table.add_column(name, justify="right", no_wrap=True)
-    a, b = answer.base.estimate, other.estimate
-    gap = answer.gap()
-    for unit, formatter in (("time", format_s), ("memory", format_bytes)):
-        first: dict[str, float] = getattr(a, unit)
-        second: dict[str, float] = getattr(b, unit)
-        for term, change in gap[unit].items():
-            if is_worth_telling(change, sum(first.values())):
-                cells = (formatter(first[term]), formatter(second[term]))
-                table.add_row(term, *cells, signed(change, formatter))
-        total = sum(gap[unit].values())
-        name = "step_time_s" if unit == "time" else "peak_bytes"
-        cells = (formatter(sum(first.values())), formatter(sum(second.values())))
-        table.add_row(f"[bold]{name}[/]", *cells, signed(total, formatter))
-    return table
-
-
-def show_groups(groups: Mapping[str, Sequence[Sequence[int]]]) -> None:
-    """Print process groups, a few of each."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("group")
-    table.add_column("groups", justify="right")
-    table.add_column("ranks each", justify="right")
-    table.add_column("ranks", overflow="fold")
-    for name, members in groups.items():
-        some = " ".join(_short(g) for g in members[:4]) + (" ..." if len(members) > 4 else "")
-        sizes = sorted({len(g) for g in members})
-        table.add_row(name, str(len(members)), "-".join(map(str, sizes)), some)
-    console().print(table)
-
-
-def _short(ranks: Sequence[int]) -> str:
-    shown = ",".join(map(str, ranks[:8])) + (",..." if len(ranks) > 8 else "")
-    return f"({shown})"
-
-
-_HEADINGS = {
-    "hbm_bytes": "memory",
-    "hbm_bytes_per_s": "memory bandwidth",
-    "bf16_flops_per_s": "bf16 peak",
-    "peer_bytes_per_s": "NVLink, one way",
-    "num_params": "parameters",
-    "num_active_params": "active",
-    "model_type": "family",
-}
-
-
-def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print records as a table, quantities with their units."""
-    if not rows:
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in rows[0]:
-        table.add_column(_HEADINGS.get(name, name), overflow="fold")
-    for record in rows:
-        table.add_row(*(escape(_cell(k, v)) for k, v in record.items()))
-    console().print(table)
-
-
-def _cell(name: str, value: Any) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return format_count(value) if "params" in name else format_value(name, value)
-    return str(value)
-
-
-def show_verified(report: VerifyReport) -> None:
-    """Print the answer of ``verify``: every rank's place, the losses, the largest differences."""
-    from meshwright.parallel.mesh import coordinates, dense_mesh
-
-    out = console()
-    x = report.layout
-    degrees = f"TP={x.tp} PP={x.pp} DP={x.dp}"
-    degrees += "".join(f" {k}={v}" for k, v in (("CP", x.cp), ("EP", x.ep)) if v > 1)
-    out.print(f"{degrees} ({report.ranks} ranks, {report.dtype})")
-    mesh = dense_mesh(x)
-    for rank in range(report.ranks):
-        place = " ".join(f"{k}={v}" for k, v in coordinates(mesh, rank).items())
-        out.print(f"  rank {rank}: {place}")
-    for name, losses in (("losses", report.losses), ("one process", report.reference_losses)):
-        out.print(f"{name:>12}: " + "  ".join(f"{loss:.9g}" for loss in losses))
-    out.print(
-        f"largest relative differences: loss {report.max_loss_diff:.1e}, "
-        f"gradient {report.max_grad_diff:.1e}, parameter {report.max_param_diff:.1e} "
-        f"(worst: {report.worst})"
-    )
-    word = "[bold]equal[/]" if report.ok else "[bold red]not equal[/]"
-    out.print(f"The layout and one process are {word}, in {format_s(report.seconds)}.")
-
-
-def show_account(report: AccountReport) -> None:
-    """Print, per kind of rank, what is priced and what was held and sent in a step."""
-    from meshwright.verify.account_report import KNOWN
-
-    out = console()
-    if report.why_not:
-        out.print(f"held and sent bytes were not compared: {report.why_not}")
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("ranks")
-    table.add_column("bytes")
-    for name in ("priced", "known beside", "runtime", ""):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in report.rows:
-        entry = row.entry
-        beyond = entry.unexplained_bytes
-        table.add_row(
-            _span(row.ranks),
-            entry.what.removesuffix("_bytes"),
-            f"{entry.priced_bytes:,.0f}",
-            f"{entry.different_bytes:+,.0f}" if entry.different_bytes else "",
-            f"{entry.runtime_bytes:,.0f}",
-            "equal" if abs(beyond) < 0.5 else f"[bold red]{beyond:+,.0f}[/]",
-        )
-    out.print("\none step of a model whose sizes need no padding, in bytes:")
-    out.print(table)
-    if report.differs:
-        out.print("known beside the price: " + "; ".join(KNOWN))
-
-
-def _span(ranks: tuple[int, ...]) -> str:
-    first, last = ranks[0], ranks[-1]
-    if len(ranks) > 1 and ranks == tuple(range(first, last + 1)):
-        return f"{first}-{last}"
-    return ", ".join(map(str, ranks))
