@@ -32,6 +32,7 @@ from meshwright.cost.compute import (
     stream_s,
 )
 from meshwright.cost.factors import Factors
+from meshwright.cost.parameters import is_adapted
 from meshwright.cost.slices import Slice, is_all_to_all, is_ring
 from meshwright.describe.cluster import Cluster
 from meshwright.describe.job import Job
@@ -269,16 +270,10 @@ def _matmul_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     dgrad = matmul_s(m, k, n, flops_per_s, width, p.at) + _quantise_s(op, m * n, p)
     wgrad = matmul_s(n, k, m, flops_per_s, width, p.at, _gradient_bytes(p))
     fwd = fwd + _weight_cast_s(op, k * n, p)
-    if _is_adapted(op, p):
+    if is_adapted(op, p.job):
         adapter = _adapter_s(m, k, n, p)
         fwd, dgrad = fwd + adapter, dgrad + adapter
     return fwd, dgrad, _trained(op, wgrad, p)
-
-
-def _is_adapted(op: Op, p: Pricing) -> bool:
-    targets = p.job.lora_targets
-    is_linear = op.kind is OpKind.matmul and op.holder == "tp" and not op.vocab
-    return p.job.task == "lora" and is_linear and (not targets or op.name in targets)
 
 
 def _adapter_s(m: Floats, k: Floats, n: Floats, p: Pricing) -> Floats:

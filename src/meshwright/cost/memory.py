@@ -15,6 +15,7 @@ import numpy as np
 from meshwright.cost.blocks import Pricing
 from meshwright.cost.columns import Floats
 from meshwright.cost.factors import Factors
+from meshwright.cost.parameters import is_adapted
 from meshwright.describe.cluster import Gpu
 from meshwright.describe.job import CrossEntropy, Job
 from meshwright.describe.model import Block, Op, OpKind, Saved
@@ -145,6 +146,7 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
             if p.job.execution.recompute_every_second_matmul and block.hidden_inputs:
                 size = size * _KEPT_BY_OP.get(saved.name, 0.0)
             op_bytes += np.where((p.slice.recompute & selective) != 0, 0.0, size)
+        op_bytes += adapter_bytes(op, p)
         whole += op_bytes
         if op.kind is OpKind.cross_entropy:
             logits += op_bytes
@@ -155,6 +157,19 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
     recomputable = any(op.kind is OpKind.cross_entropy for op in block.ops) is False
     kept = np.where(is_full & recomputable, boundary, whole)
     return BlockBytes(kept, whole, logits, forward, working + 2.0 * away, 2.0 * away)
+
+
+def adapter_bytes(op: Op, p: Pricing) -> Floats:
+    """Return what the LoRA adapter of an op keeps of a micro-batch beside the op itself, [D].
+
+    tokens * in * bytes where sequence parallelism gathers the input of a column-parallel layer: the
+    frozen layer needs it no more when it has run, the low-rank factor beside it does, whole. Ref:
+    Megatron-Bridge, ``peft.utils`` (``ParallelLinearAdapter``). Left out: the low-rank outputs.
+    """
+    if not is_adapted(op, p.job) or op.split != "out":
+        return np.zeros_like(p.slice.tp)
+    is_gathered = (p.slice.sp > 0) & (p.slice.tp > 1)
+    return is_gathered * p.slice.tokens * op.in_features * p.job.precision.act_bytes
 
 
 PEAK_IMBALANCE = 0.5

@@ -45,12 +45,19 @@ def padded_vocab_size(vocab_size: int, x: Layouts) -> Floats:
     return (-(-vocab_size // multiple) * multiple).astype(np.float64)
 
 
+def is_adapted(op: Op, job: Job) -> bool:
+    """Return whether LoRA adapts an op: a linear layer of attention or MLP that is a target."""
+    is_linear = op.kind is OpKind.matmul and op.holder == "tp" and not op.vocab
+    is_target = not job.lora_targets or op.name in job.lora_targets
+    return job.task == "lora" and is_linear and is_target
+
+
 def trained_params_per_rank(model: Model, job: Job, x: Layouts) -> tuple[Floats, Floats]:
     """Return (dense, expert) parameters [N, K] that receive gradients on one rank.
 
-    All of them, or under LoRA the two low-rank factors of every adapted matmul: r * (in + out) of
-    the linear layers of attention and MLP, the factor beside the divided side divided by TP.
-    Ref: Hu et al., arXiv:2106.09685. Left out: adapters on experts, which are frozen whole.
+    All of them, or under LoRA the two low-rank factors of every adapted matmul: r * (in + out), the
+    factor beside the divided side divided by TP. Ref: Hu et al., arXiv:2106.09685. Left out:
+    adapters on experts, which are frozen whole.
     """
     if job.task != "lora":
         return block_params_per_rank(model, x)
@@ -58,7 +65,7 @@ def trained_params_per_rank(model: Model, job: Job, x: Layouts) -> tuple[Floats,
     dense, expert = np.zeros((len(x.tp), len(kinds))), np.zeros((len(x.tp), len(kinds)))
     for k in range(len(model.layer_kinds)):
         for op in kinds[k].ops:
-            if op.kind is OpKind.matmul and op.holder == "tp":
+            if is_adapted(op, job):
                 split = op.out_features if op.split == "out" else op.in_features
                 whole = op.in_features + op.out_features - split
                 dense[:, k] += job.lora_rank * (split / x.tp + whole)
