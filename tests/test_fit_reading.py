@@ -160,6 +160,10 @@ def test_recomputation_is_found_among_the_settings() -> None:
     assert run({"gradient_checkpointing": True}, recompute="").layout.recompute == Recompute.full
     titan = {"framework": "torchtitan", "activation_checkpoint": {"mode": "selective"}}
     assert run(titan, recompute="").job.execution.recompute_every_second_matmul
+    assert run(
+        {"framework": "torchtitan"}, recompute=""
+    ).job.execution.recompute_every_second_matmul
+    assert run({"framework": "NeMo"}, recompute="").layout.recompute == Recompute.none
     old = {"activations_checkpoint_granularity": "selective"}
     assert run(old, recompute="").layout.recompute == Recompute.core_attn
 

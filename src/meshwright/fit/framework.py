@@ -28,6 +28,7 @@ class Framework:
     tuned_attention: bool = True
     gathers_once: bool = False
     blocking_checkpoints: bool = False
+    recompute: str = "none"
     expandable_segments: bool = False
     gathers_from_master: bool = False
     bucket_bytes: float = 0.0
@@ -37,6 +38,7 @@ class Framework:
 FRAMEWORKS = (
     Framework(
         name="torchtitan",
+        recompute="selective:op",
         fused_wgrad_accumulation=False,
         cp_comm="all_gather",
         overlap_pp=False,

@@ -47,7 +47,7 @@ def read_recompute(s: Settings, framework: Framework, layers_per_stage: int) -> 
     """Return what a run recomputes. Unknown words are not priced and are listed."""
     text = re.sub(r"\s+", " ", s.cell("recompute").lower().replace("-", "_"))
     if text in NOT_STATED and text != "none":
-        text = _from_settings(s)
+        text = _from_settings(s, framework)
     kind, _, detail = text.partition(":")
     every = re.search(r"every (\d+)(?:nd|rd|th)? ?layer|layer.*every (\d+)", text)
     if every is None and kind == "selective" and framework.name == "torchtitan":
@@ -92,7 +92,7 @@ def _selective(s: Settings, framework: Framework, detail: str) -> Recomputation:
     return Recomputation(_modules(s, names or ["core_attn"]))
 
 
-def _from_settings(s: Settings) -> str:
+def _from_settings(s: Settings, framework: Framework) -> str:
     kind = s.text("recompute_granularity", "activations_checkpoint_granularity")
     kind = kind or s.text("activation_checkpoint.mode")
     if kind == "full":
@@ -109,10 +109,11 @@ def _from_settings(s: Settings) -> str:
     if s.flag("activation_checkpointing_in_recipe_at_main", default=False):
         s.assumed.append("recompute = full: not stated, as in a later recipe")
         return "full"
+    if not kind:
+        s.assumed.append(f"recompute = {framework.recompute}: not stated, as {framework.name} does")
+        return framework.recompute
     if kind not in NO:
         s.assumed.append(f"recomputing {kind!r} is not known and not priced")
-    elif not kind:
-        s.assumed.append("recompute = none: not stated")
     return "none"
 
 
