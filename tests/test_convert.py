@@ -6,7 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from meshwright.cli import app
 from meshwright.frameworks.check import check
 from meshwright.frameworks.convert import convert
 from meshwright.frameworks.launch import FRAMEWORKS
@@ -143,3 +145,12 @@ def test_graphs_that_only_a_default_turns_on_are_left_and_named(tmp_path: Path) 
     done = convert(path, "nemo")
     assert "cuda_graphs: on by torchtitan's default only; left off" in done.notes
     assert convert(path, "torchtitan").notes == []
+
+
+def test_a_plan_is_converted_like_a_launch(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    words = ["plan", "llama3-8b", "8xH100", "--seq-len", "4096", "--global-batch-size", "64"]
+    assert CliRunner().invoke(app, [*words, "--top", "1", "-o", str(plan)]).exit_code == 0
+    done = convert(plan, "megatron-bridge")
+    assert done.layout.world_size == 8
+    assert "train.global_batch_size=64" in done.files["run.sh"]

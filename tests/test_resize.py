@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from launches import plans
+from meshwright.cli import app
 from meshwright.describe.job import Job, job
 from meshwright.describe.model import Model
 from meshwright.describe.models import load_model
@@ -308,6 +310,46 @@ def test_the_levels_of_context_parallelism_stay_where_its_size_stays() -> None:
     model = load_model("llama3-8b")
     assert to_dict(nearest_legal(model, job(seq_len=8192, gbs=64), x, 32)) == to_dict(x)
     assert nearest_legal(model, job(seq_len=8192, gbs=64), x, 64).hierarchical_cp == (2, 2)
+
+
+def test_no_byte_changes_that_is_no_number(tmp_path: Path) -> None:
+    """Law: line ends and bytes that are not UTF-8 come out as they went in."""
+    path, out = tmp_path / "run.sh", tmp_path / "out.sh"
+    text = BATCH.replace("\n", "\r\n").replace(" \\\r\n", " ").encode()
+    path.write_bytes(text.replace(b"tuned by Ana", b"r\xe9gl\xe9 par Ana"))
+    words = ["resize", str(path), "--gpus", "128"]
+    assert CliRunner().invoke(app, [*words, "-o", str(out)]).exit_code == 0
+    moved_text = path.read_bytes().replace(b"nodes=8", b"nodes=16")
+    assert out.read_bytes() == moved_text.replace(b"NNODES:-8", b"NNODES:-16")
+    assert CliRunner().invoke(app, words).stdout_bytes == out.read_bytes()
+
+
+def test_a_diff_shows_the_changed_lines_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text(BATCH)
+    shown = CliRunner().invoke(app, ["resize", str(path), "--gpus", "128", "--diff"]).stdout
+    changed = [x for x in shown.splitlines() if x[:1] in "+-" and x[:3] not in ("+++", "---")]
+    assert changed == [
+        *("-#SBATCH --nodes=8", "+#SBATCH --nodes=16"),
+        *("-NNODES=${SLURM_NNODES:-8}", "+NNODES=${SLURM_NNODES:-16}"),
+    ]
+
+
+def test_a_plan_is_planned_anew_and_a_log_written_anew(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    flags = {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "world_size": 8}
+    flags |= {"seq_length": 4096, "micro_batch_size": 1, "global_batch_size": 64}
+    lines = [f"  {name} {'.' * (48 - len(name))} {value}" for name, value in flags.items()]
+    ends = "------------------------ arguments ------------------------", "-" * 20
+    log.write_text("\n".join([ends[0], *lines, f"{ends[1]} end of arguments {ends[1]}"]))
+    done = resize(log, 16)
+    assert not done.in_place
+    assert any("a new script is written" in note for note in done.notes)
+    plan = tmp_path / "plan.toml"
+    words = ["plan", "llama3-8b", "8xH100", "--seq-len", "4096", "--global-batch-size", "64"]
+    assert CliRunner().invoke(app, [*words, "--top", "1", "-o", str(plan)]).exit_code == 0
+    with pytest.raises(LaunchError, match="Plan anew"):
+        resize(plan, 16)
 
 
 def test_a_new_script_for_the_rl_trainer_is_refused_by_name(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def resize(
         return
     _tell_resized(moved)
     if diff:
-        typer.echo(moved.diff, nl=False)
+        typer.echo(_bytes(moved.diff), nl=False)
     elif output is None:
         _show_files(moved.files)
 
@@ -257,7 +257,12 @@ def _show_files(files: Mapping[str, str]) -> None:
     for name, text in files.items():
         if len(files) > 1:
             typer.echo(f"# ---- {name}")
-        typer.echo(text, nl=False)
+        typer.echo(_bytes(text), nl=False)
+
+
+def _bytes(text: str) -> bytes:
+    """Return text as the bytes it was read from: what was not UTF-8 comes back."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _write_files(files: Mapping[str, str], folder: Path) -> None:
@@ -267,7 +272,7 @@ def _write_files(files: Mapping[str, str], folder: Path) -> None:
         path = folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(_bytes(text))
         except OSError as error:
             rule = f"It cannot be written: {error.strerror}."
             raise DocumentError("output", str(path), rule, "Choose another path.") from None

@@ -14,6 +14,7 @@ from meshwright.findings import Finding
 from meshwright.frameworks.carried import Carried, carry
 from meshwright.frameworks.check import CheckResult, check
 from meshwright.frameworks.launch import TITLES
+from meshwright.frameworks.saved import PLAN
 from meshwright.frameworks.write import counterparts, launch_files, places
 from meshwright.parallel.layout import Layout, from_text, to_dict, to_text
 
@@ -99,6 +100,8 @@ def convert(
 def carried_to(read: CheckResult, known: Known, to: str) -> Carried:
     """Return what the launch says besides its plan that a framework can be told."""
     launch = read.launch
+    if launch.framework == PLAN:
+        return Carried()
     return carry(launch, to, places(launch.framework), counterparts(to), known.job.gbs)
 
 

@@ -110,8 +110,11 @@ def read_launch(
     return _from_script(script, gpus, framework, env)
 
 
-def read_text(path: Path) -> str:
-    """Return a file's text. Raises ``DocumentError`` when it is missing, a folder or too large."""
+def read_text(path: Path, errors: str = "replace") -> str:
+    """Return a file's text. Raises ``DocumentError`` when it is missing, a folder or too large.
+
+    ``errors``: what becomes of bytes that are not UTF-8, in the words of ``bytes.decode``.
+    """
     try:
         if not path.is_file():
             remedy = "Give the path of a launch script or configuration."
@@ -120,7 +123,7 @@ def read_text(path: Path) -> str:
         if size > 64 * MAX_BYTES:
             rule = f"A launch has at most {64 * MAX_BYTES} bytes; this has {size}."
             raise DocumentError("file", str(path), rule, "Give the launch script itself.")
-        return path.read_bytes().decode("utf-8", errors="replace")
+        return path.read_bytes().decode("utf-8", errors=errors)
     except (OSError, ValueError) as error:
         if isinstance(error, DocumentError):
             raise

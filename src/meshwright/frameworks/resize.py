@@ -20,7 +20,7 @@ from meshwright.frameworks.in_place import Wanted, edit
 from meshwright.frameworks.launch import Launch
 from meshwright.frameworks.nearest import nearest_legal
 from meshwright.frameworks.read import read_document, read_text
-from meshwright.frameworks.saved import load_saved
+from meshwright.frameworks.saved import PLAN
 from meshwright.frameworks.shell_words import MAX_BYTES
 from meshwright.frameworks.write import launch_files
 from meshwright.parallel.layout import CpComm, Layout, to_dict
@@ -86,12 +86,17 @@ def resize(
     ``LaunchError`` for SkyRL's RL trainer where it has to be written anew.
     """
     read = check(source, framework=framework)
+    if read.launch.framework == PLAN:
+        rule = "This is a plan, which is for its own number of GPUs."
+        raise LaunchError("file", str(source), rule, "Plan anew with meshwright plan.")
     known = known_of(read, model)
     layout = nearest_legal(known.model, known.job, known.layout, gpus)
     made = _Made() if fresh else _in_place(source, read, known, layout)
     if not made.files:
         files, lost = _anew(read, known, layout, launcher, made.by_hand)
         notes = [f"not carried: {line}" for line in lost]
+        if not fresh and not made.by_hand:
+            notes.append("A log, or so long a file, cannot be edited: a new script is written.")
         made = replace(made, files=files, notes=notes)
     return Resized(
         read=read,
@@ -154,24 +159,32 @@ def _anew(
     return launch_files(known.model, None, known.job, layout, name, launcher, carried), carried.lost
 
 
+EVERY_BYTE: Final = "surrogateescape"
+"""How text is decoded, and has to be encoded again, so that no byte of a file changes."""
+
+
+MOST_EDITED: Final = 100_000
+"""Characters; editing reads a file some dozens of times."""
+
+
 def texts_of(source: str | Path | Sequence[str]) -> dict[str, str] | None:
     """Return the texts of a launch, its script first, or None where there is none to edit.
 
-    Python programs beside a script belong to it. A command becomes one line; a log or a plan
-    document is no launch that could be edited.
+    Python programs beside a script belong to it. A command becomes one line; a log is no launch
+    that could be edited, and neither is a file that is longer than any script.
     """
     if not isinstance(source, str | Path):
         return {"command.sh": shlex.join(source) + "\n"}
     path = Path(source)
-    text = read_text(path)
-    if re.search(r"-{4,} arguments -{4,}", text) or load_saved(source) is not None:
+    text = read_text(path, EVERY_BYTE)
+    if len(text) > MOST_EDITED or re.search(r"-{4,} arguments -{4,}", text):
         return None
     texts = {str(path): text}
     if path.suffix.lower() not in (".yaml", ".yml", ".json", ".toml", ".py"):
         for name in dict.fromkeys(re.findall(r"(?<![\w./-])[\w./-]{1,200}\.py\b", text)):
             beside = path.parent / name
             if beside.is_file() and beside.stat().st_size < MAX_BYTES:
-                texts[name] = read_text(beside)
+                texts[name] = read_text(beside, EVERY_BYTE)
     return texts
 
 
