@@ -276,3 +276,17 @@ def test_memory_that_cannot_hold_the_weights_is_told_and_in_no_error_but_still_p
     assert list(told["impossible_memory"]) == [HYBRID]
     assert "0.43 GB held between steps" in told["impossible_memory"][HYBRID]
     assert told["peak_memory"]["all"]["rows"] == 1
+
+
+@pytest.mark.parametrize("away", [3, 9])
+def test_layers_offloaded_whole_leave_their_share_and_two_layers_that_are_back(away: int) -> None:
+    x = layout(gpus=8, mbs=4, zero=Zero.no_shard)
+    all_here, some_away = (
+        priced(x, job(replace(GPT, activation_offload_layers=n))).stages[0] for n in (0, away)
+    )
+    head = 4096 * 512 * 2 * 2 + 4096 * 512
+    layer = (all_here["activations_bytes"] - head) / 12
+    gone = all_here["activations_bytes"] - some_away["activations_bytes"]
+    back = some_away["buffers_bytes"] - all_here["buffers_bytes"]
+    assert gone == pytest.approx(away * layer, rel=0.01)
+    assert back == pytest.approx(2 * layer, rel=0.01)

@@ -18,7 +18,7 @@ from meshwright.cost.factors import Factors
 from meshwright.cost.parameters import is_adapted
 from meshwright.describe.cluster import Gpu
 from meshwright.describe.job import CrossEntropy, Job
-from meshwright.describe.model import Block, Op, OpKind, Saved
+from meshwright.describe.model import Block, Model, Op, OpKind, Saved
 from meshwright.parallel.layout import Layouts, Recompute, Zero
 
 
@@ -157,6 +157,29 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
     recomputable = any(op.kind is OpKind.cross_entropy for op in block.ops) is False
     kept = np.where(is_full & recomputable, boundary, whole)
     return BlockBytes(kept, whole, logits, forward, working + 2.0 * away, 2.0 * away)
+
+
+def without_offloaded_layers(
+    sizes: Sequence[BlockBytes], model: Model, job: Job
+) -> list[BlockBytes]:
+    """Return the blocks of a model less what waits on the host of layers offloaded whole.
+
+    Of ``activation_offload_layers`` among all layers, kept * (1 - share) stays; two layers are back
+    while they run backward, the one at work and the next. Ref: TransformerEngine, ``cpu_offload``
+    (``num_offload_group``, double buffered). Left out: which layers of several kinds they are.
+    """
+    share = min(job.execution.activation_offload_layers / max(model.num_layers, 1), 1.0)
+    out = list(sizes)
+    for k, size in enumerate(sizes[: len(model.layer_kinds)]):
+        back = 2.0 * size.kept * float(share > 0.0)
+        out[k] = replace(
+            size,
+            kept=size.kept * (1.0 - share),
+            whole=size.whole * (1.0 - share),
+            working=size.working + back,
+            back=size.back + back,
+        )
+    return out
 
 
 def adapter_bytes(op: Op, p: Pricing) -> Floats:

@@ -43,6 +43,7 @@ from meshwright.cost.memory import (
     spare_fraction,
     update_bytes_per_param,
     weights_bytes_per_param,
+    without_offloaded_layers,
     workspace_bytes,
 )
 from meshwright.cost.parameters import block_params_per_rank, trained_params_per_rank
@@ -114,6 +115,7 @@ def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors
     forward, backward = _stack(seconds)
     if job.execution.offloaded_modules or job.execution.activation_offload_layers:
         add_offload_waits_s(model, cluster, job, sizes, forward, backward)
+        sizes = without_offloaded_layers(sizes, model, job)
     return Priced(
         facts=layer_facts(model),
         inverse=found.inverse,
