@@ -307,7 +307,7 @@ def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     added = _stream_s(m * n * _has_bias(op) * p.factors.biased_experts_passes * apart, p)
     fwd = fwd + _quantise_s(op, m * k, p) + added + _weight_cast_s(op, experts * k * n, p)
     dgrad = dgrad + _quantise_s(op, m * n, p) + added
-    fullest = _fullest(p)
+    fullest = _fullest(op, p)
     return fwd * fullest, dgrad * fullest, _trained(op, wgrad, p) * fullest
 
 
@@ -320,15 +320,19 @@ def _has_bias(op: Op) -> float:
     return float(op.params > op.copies * op.in_features * op.out_features)
 
 
-def _fullest(p: Pricing) -> Floats:
+def _fullest(op: Op, p: Pricing) -> Floats:
     """Return the tokens of the fullest expert-parallel rank over the mean.
 
-    1 + ``imbalance_fraction`` * log2(ep) where the router is not forced to balance. Ref: none, an
-    empirical law; Fedus et al., arXiv:2101.03961, section 2.2, on capacity.
+    1 + ``imbalance_fraction`` * log2(most) where the router is not forced to balance; ``most`` =
+    min(ep, experts / topk) if every token went there. Ref: none, an empirical law; Fedus et al.,
+    arXiv:2101.03961, section 2.2, on capacity.
     """
+    s = p.slice
     if p.job.execution.forced_balance:
-        return np.ones_like(p.slice.ep)
-    return 1.0 + p.factors.imbalance_fraction * np.log2(p.slice.ep)
+        return np.ones_like(s.ep)
+    topk = s.routed_tokens / (s.sp_tokens * s.etp)
+    most = np.minimum(s.ep, np.maximum(op.copies / topk, 1.0))
+    return 1.0 + p.factors.imbalance_fraction * np.log2(most)
 
 
 def _gradient_bytes(p: Pricing) -> float:
