@@ -346,3 +346,18 @@ def test_what_a_cluster_measured_of_quantising_counts_for_every_recipe() -> None
     cluster = replace(load_cluster("8xH100"), fitted={"quantise_traffic": 1.5})
     assert set(factors_of(cluster).quantise_traffic.values()) == {1.5}
     assert set(factors_of(cluster).quantise_traffic) == set(fitted().quantise_traffic)
+
+
+def test_the_fullest_rank_of_experts_gets_at_most_every_token() -> None:
+    def lost(model: str, ep: int, gpus: int) -> float:
+        def step_s(*, balanced: bool) -> float:
+            switches = replace(job(forced_balance=balanced, cuda_graphs="full"), gbs=512)
+            x, cluster = layout(ep=ep, gpus=gpus), load_cluster(f"{gpus}xH200")
+            time = estimate(load_model(model), cluster, switches, x).time
+            return time["compute_s"]
+
+        return step_s(balanced=False) / step_s(balanced=True)
+
+    # Two of eight experts get a token: no rank gets more than four times the mean.
+    assert lost("mixtral-8x22b", 8, 64) == pytest.approx(lost("mixtral-8x22b", 4, 64), rel=0.02)
+    assert lost("deepseek-v3", 64, 512) > lost("deepseek-v3", 8, 512) > 1.0

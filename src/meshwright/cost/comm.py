@@ -35,6 +35,7 @@ class Network:
 
     link_bytes_per_s: float
     network_bytes_per_s: float
+    link_all_to_all_fraction: float
     all_to_all_fraction: float
     dispatch_fraction: float
     link_latency_s: float
@@ -51,6 +52,7 @@ def network(cluster: Cluster, factors: Factors) -> Network:
     return Network(
         link_bytes_per_s=cluster.intra_node.bytes_per_s * reached,
         network_bytes_per_s=cluster.inter_node.bytes_per_s * factors.network_fraction,
+        link_all_to_all_fraction=factors.link_all_to_all_fraction,
         all_to_all_fraction=factors.all_to_all_fraction,
         dispatch_fraction=factors.dispatch_fraction,
         link_latency_s=cluster.intra_node.latency_s,
@@ -151,7 +153,7 @@ def all_to_all_s(local_bytes: Floats, over: Span, net: Network) -> Floats:
     module. Left out: imbalance between experts (see ``forced_balance``).
     """
     g, inside = over.size, over.inside
-    within = local_bytes * (inside - 1) / g / (net.link_bytes_per_s * net.all_to_all_fraction)
+    within = local_bytes * (inside - 1) / g / (net.link_bytes_per_s * net.link_all_to_all_fraction)
     across = local_bytes * (g - inside) / g / (net.network_bytes_per_s * net.all_to_all_fraction)
     return np.where(g > 1, np.maximum(within, across) + _latency_s(over, net), 0.0)
 

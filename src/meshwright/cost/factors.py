@@ -42,8 +42,9 @@ class Factors:
     ``clock_fraction``: the clock that a card holds over what the law expects of it.
     ``power_boost_fraction``: what ``vboost`` adds.
     Links. ``link_fraction``, ``pcie_fraction``, ``network_fraction``: share of NVLink, of PCIe
-    between GPUs and of network bandwidth that collectives reach; ``all_to_all_fraction`` the same
-    for all-to-alls, ``dispatch_fraction`` for the kernels of DeepEP and HybridEP.
+    between GPUs and of network bandwidth that collectives reach; ``all_to_all_fraction`` and, over
+    NVLink, ``link_all_to_all_fraction``: share of those that all-to-alls reach,
+    ``dispatch_fraction`` that of the kernels of DeepEP and HybridEP.
     ``dispatch_token_bytes``: bytes that handling one token takes the time of in those kernels.
     ``*_hidden_fraction``: share of a communication that its overlap switch hides behind compute;
     ``dp_contention_fraction``: share of the hidden part that slows the compute it hides behind.
@@ -79,6 +80,7 @@ class Factors:
     link_fraction: float = 0.75
     pcie_fraction: float = 0.35
     network_fraction: float = 0.8
+    link_all_to_all_fraction: float = 0.6
     all_to_all_fraction: float = 0.6
     dispatch_fraction: float = 0.7
     dispatch_token_bytes: float = 2000.0
