@@ -56,3 +56,13 @@ def test_groups_and_schedules_are_shown_as_before(
 ) -> None:
     golden("cli/ranks.txt", run("ranks", "--gpus", "16", "--layout", "tp=2 pp=2 cp=2").out)
     golden("cli/schedules.txt", run("list", "schedules").out)
+
+
+@pytest.mark.parametrize("what", ["gpus", "models", "checks", "schedules", "frameworks", "terms"])
+def test_a_list_shows_every_name_whole_on_a_narrow_terminal(
+    run: Run, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr("meshwright.cli.show.terminal.PIPED_WIDTH", 80)
+    words = run("list", what).out.split()
+    records = run("list", what, "--json").json()
+    assert {record.get("id") or record["name"] for record in records} <= set(words)

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from meshwright.cli.show.plans import ranking, short_layout
-from meshwright.cli.show.terminal import console, plain_table
+from meshwright.cli.show.terminal import WIDE, console, plain_table
 from meshwright.cli.text import signed
 from meshwright.units import format_bytes, format_s, format_value
 
@@ -26,15 +26,19 @@ def show_explanation(told: Explained) -> None:
     out.print(short_layout(told.plan.layout))
     if len(told.formulas) > 1:
         table = plain_table()
-        for name in ("term", "value", "what", "source"):
-            table.add_column(name, overflow="fold", justify="right" if name == "value" else "left")
+        table.add_column("term", no_wrap=True)
+        table.add_column("value", justify="right", no_wrap=True)
+        for name in ("what", "source") if out.width >= WIDE else ("what",):
+            table.add_column(name, overflow="fold")
         for term, formulas in told.formulas.items():
             value = format_value(term, told.values[term])
-            source = next((f.source for f in formulas if f.source), "")
-            table.add_row(term, value, escape(TERMS[term].what), escape(source))
+            cells = [term, value, escape(TERMS[term].what)]
+            if out.width >= WIDE:
+                cells.append(escape(next((f.source for f in formulas if f.source), "")))
+            table.add_row(*cells)
         out.print(table)
         out.print(
-            "\nFor formulas and what they leave out, name a term: meshwright explain ... TERM"
+            "\nFormulas, sources and what they leave out, of one term: meshwright explain ... TERM"
         )
         return
     for term, formulas in told.formulas.items():

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
 
-from meshwright.cli.show.terminal import console, plain_table
+from meshwright.cli.show.terminal import WIDE, console, plain_table
 from meshwright.units import format_count, format_value
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ def _short(ranks: Sequence[int]) -> str:
 
 _HEADINGS = {
     "hbm_bytes": "memory",
-    "hbm_bytes_per_s": "memory bandwidth",
+    "hbm_bytes_per_s": "bandwidth",
     "bf16_flops_per_s": "bf16 peak",
-    "peer_bytes_per_s": "NVLink, one way",
+    "peer_bytes_per_s": "NVLink 1-way",
     "num_params": "parameters",
     "num_active_params": "active",
     "model_type": "family",
@@ -49,11 +50,25 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
     table = plain_table()
-    for name in rows[0]:
-        table.add_column(_HEADINGS.get(name, name), overflow="fold")
+    out = console()
+    if "rule" in rows[0] and out.width < WIDE:
+        _show_rules(rows, out)
+        return
+    shown = [name for name in rows[0] if name != "source" or out.width >= WIDE]
+    for name in shown:
+        is_number = isinstance(rows[0][name], int | float)
+        justify = "right" if is_number else "left"
+        heading = _HEADINGS.get(name, name)
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=name in ("name", "id"))
     for record in rows:
-        table.add_row(*(escape(_cell(k, v)) for k, v in record.items()))
-    console().print(table)
+        table.add_row(*(escape(_cell(name, record[name])) for name in shown))
+    out.print(table)
+
+
+def _show_rules(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
+    for r in rows:
+        out.print(f"[bold]{escape(r['id'])}[/] ({r['severity']}, {escape(r['field'])})")
+        out.print(f"  {r['rule']} {r['remedy']}", markup=False)
 
 
 def _cell(name: str, value: Any) -> str:

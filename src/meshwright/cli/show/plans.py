@@ -153,7 +153,8 @@ def _memory_table(e: Estimate) -> Table:
 
 
 def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.2f}"
+    gib = size_bytes / 2**30
+    return f"{gib:.2f}" if gib < 100 else f"{gib:.1f}"
 
 
 def _merged(

@@ -13,6 +13,10 @@ PIPED_WIDTH = 140
 """Columns when nobody watches: wide enough that no cell is cut."""
 
 
+WIDE = 110
+"""Columns from which tables have room for sources."""
+
+
 def console() -> Console:
     """Return the console for answers; piped output is never narrowed or coloured."""
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
