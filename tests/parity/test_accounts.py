@@ -64,6 +64,7 @@ CASES = [
     ("moe", "tp=2 ep=2 etp=2 zero=optim_grads_params"),
     ("latent", "tp=2 cp=2"),
     ("mtp", "tp=2 pp=2"),
+    ("mtp", "pp=4 pipeline_layout=Ettt|t|m|L"),
 ]
 
 

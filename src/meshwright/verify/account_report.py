@@ -24,6 +24,7 @@ KNOWN = (
     "under sp a region keeps its gathered input, which is priced as gathered again (less)",
     "gradients of weights that every TP rank holds whole are summed over TP once a step (more)",
     "gradients of a table on several pipeline ranks are summed once a step (more)",
+    "prediction depths computed before the stage of the loss travel to it (more)",
 )
 """What the runtime does otherwise than it is priced, as ``priced.differences`` counts it."""
 LEAST_BYTES = 0.5

@@ -23,6 +23,7 @@ from meshwright.describe.cluster import Cluster, Link, load_cluster
 from meshwright.describe.job import Execution, Job, precision
 from meshwright.describe.model import Block, Model, OpKind
 from meshwright.parallel.layout import Layout, Zero, table
+from meshwright.runtime.stages import streams_of
 
 HELD = ("weights_bytes", "grads_bytes", "optimizer_bytes")
 """The terms of memory that do not depend on kernels."""
@@ -68,6 +69,8 @@ def differences(model: Model, job: Job, x: Layout[int]) -> list[dict[str, float]
       leaves that out.
     - ``tied``, more: gradients of a table that several pipeline ranks hold (tied, MTP) are summed,
       also left out.
+    - ``pp``, more: prediction depths computed before the stage of the loss travel to it beside the
+      hidden states, where the price knows one message a border.
     """
     t, group = _prepared(model, job, x)
     p = pricing(slices(model, t.cluster, job, t.x), job, t.cluster, t.factors)
@@ -85,8 +88,20 @@ def differences(model: Model, job: Job, x: Layout[int]) -> list[dict[str, float]
         kept = group.key.num_microbatches * float(np.einsum("k,k->", runs, again))
         summed = 2.0 * (x.tp - 1) / x.tp * float(np.einsum("k,k->", holds, whole))
         both = 2.0 * (holders - 1.0) / holders * float(copies[rank])
-        found.append({"tp": summed * grad_bytes - kept, "tied": both * grad_bytes})
+        beside = group.key.num_microbatches * _depths_sent(group, rank) * float(t.message_s[0])
+        found.append({"tp": summed * grad_bytes - kept, "tied": both * grad_bytes, "pp": beside})
     return found
+
+
+def _depths_sent(g: Group, rank: int) -> int:
+    """Return how many prediction depths a rank hands on (or back, as gradients) a micro-batch."""
+    placement = g.stages.placement
+    owners, entering = placement.rank_of_stage, streams_of(placement)
+    return sum(
+        (entering[stage] - 1) * ((owners[stage - 1] == rank) + (owners[stage] == rank))
+        for stage in range(1, len(owners))
+        if owners[stage - 1] != owners[stage]
+    )
 
 
 def activations_bytes(model: Model, job: Job, x: Layout[int]) -> float:
