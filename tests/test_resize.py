@@ -374,3 +374,26 @@ def test_a_new_script_for_the_rl_trainer_is_refused_by_name(tmp_path: Path) -> N
 def test_batch_options_change_in_their_role_only(line: str, moved_line: str) -> None:
     """Spec: Slurm's options; 4 nodes of 8 become 8 nodes of 4."""
     assert batch_options(line + "\n", (4, 8), (8, 4)) == moved_line + "\n"
+
+
+def test_a_layout_that_the_framework_cannot_run_is_not_chosen(tmp_path: Path) -> None:
+    """Spec: SkyRL's batch is a multiple of gpus/(tp*pp), so 64 sequences on 256 GPUs need both."""
+    path = tmp_path / "sft.sh"
+    path.write_text(
+        "python -m skyrl.train.main_sft strategy=megatron model.path=Qwen/Qwen3-8B batch_size=64"
+        " micro_train_batch_size_per_gpu=1 max_length=4096 placement.num_nodes=2"
+        " placement.num_gpus_per_node=8 megatron_config.tensor_model_parallel_size=2"
+        " megatron_config.pipeline_model_parallel_size=1\n"
+    )
+    done = resize(path, 256)
+    assert done.in_place
+    assert 64 % (256 // (done.layout.tp * done.layout.pp)) == 0
+
+
+def test_a_batch_that_follows_the_ranks_is_written_down(tmp_path: Path) -> None:
+    """Spec: torchtitan's batch of a step is local_batch_size times the data parallel ranks."""
+    path = tmp_path / "run.toml"
+    path.write_text(TOML.replace("global_batch_size = 256   # agreed\n", ""))
+    done = resize(path, 32)
+    assert done.in_place
+    assert "global_batch_size = 64\n" in next(iter(done.files.values()))

@@ -296,6 +296,10 @@ class _Editor:
             nodes = int(value) // max(int(self.targets["gpus_per_node"]), 1)
             yield from self._with_nodes(str(nodes))
             return
+        if name == "gbs":
+            for beside, (key, unit) in self._whole_batches().items():
+                yield from inserted(self.files, beside, key, str(int(value) * unit))
+            return
         if self._states(_WORDS.get(name, name)):
             return
         for other in ("tp", "pp", "cp", "ep", "mbs"):
@@ -312,6 +316,16 @@ class _Editor:
                 yield from inserted(self.files, beside, key, str(value))
                 short = beside.rpartition(".")[2], key.rpartition(".")[2]
                 yield from inserted(self.files, *short, str(value))
+
+    def _whole_batches(self) -> dict[str, tuple[str, int]]:
+        """Return how torchtitan is told the batch of a step, where it else follows the ranks."""
+        return {
+            "local_batch_size": ("global_batch_size", 1),
+            "num_tokens_per_microbatch_per_dp_rank": (
+                "num_tokens_per_train_step",
+                self.wanted.job.seq_len,
+            ),
+        }
 
     def _states(self, word: str) -> bool:
         setting = self.launch.settings.get(word)

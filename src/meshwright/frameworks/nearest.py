@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Final
 
@@ -27,22 +27,29 @@ _WEIGHTS: Final = {"tp": 1.2, "pp": 1.1, "cp": 1.0, "ep": 0.9, "etp": 0.9, "vpp"
 """What doubling or halving a choice costs: TP is given up last, the micro batch first."""
 
 
-def nearest_legal(model: Model, job: Job, x: Layout[int], gpus: int) -> Layout[int]:
+def nearest_legal(
+    model: Model,
+    job: Job,
+    x: Layout[int],
+    gpus: int,
+    can_run: Callable[[Layout[int]], bool] = lambda _: True,
+) -> Layout[int]:
     """Return the legal layout on ``gpus`` GPUs that is nearest to ``x``, counted in doublings.
 
-    Raises ``LayoutError`` when there is none.
+    Of ``MOST_ASKED`` nearest ones the first that ``can_run``. Raises ``LayoutError`` when there is
+    none.
     """
     best: tuple[float, Layout[int]] | None = None
     for candidates in _candidates(model, job, x, gpus):
         legal = take(candidates, ~illegal(Case(model=model, job=job, x=candidates)))
-        if not len(legal.tp):
-            continue
         away = np.zeros(len(legal.tp))
         for name, weight in _WEIGHTS.items():
             away += weight * np.abs(np.log2(getattr(legal, name) / getattr(x, name)))
-        at = int(np.argmin(away))
-        if best is None or float(away[at]) < best[0]:
-            best = float(away[at]), row(legal, at)
+        for at in np.argsort(away, kind="stable")[:MOST_ASKED]:
+            if best is not None and float(away[at]) >= best[0]:
+                break
+            if can_run(row(legal, int(at))):
+                best = float(away[at]), row(legal, int(at))
     if best is None:
         rule = f"No layout of {model.name} with {job.gbs} sequences a step is legal on that many."
         near = _nearest_sizes(model, job, x, gpus)
@@ -51,6 +58,7 @@ def nearest_legal(model: Model, job: Job, x: Layout[int], gpus: int) -> Layout[i
     return best[1]
 
 
+MOST_ASKED: Final = 200
 MOST_TRIED: Final = 256
 """How far from a number of GPUs others are tried; farther only powers of two."""
 

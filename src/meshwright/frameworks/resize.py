@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,7 @@ from meshwright.frameworks.nearest import nearest_legal
 from meshwright.frameworks.read import read_document, read_text
 from meshwright.frameworks.saved import PLAN
 from meshwright.frameworks.shell_words import MAX_BYTES
-from meshwright.frameworks.write import launch_files
+from meshwright.frameworks.write import launch_files, unsupported
 from meshwright.parallel.layout import CpComm, Layout, to_dict
 
 
@@ -90,7 +90,7 @@ def resize(
         rule = "This is a plan, which is for its own number of GPUs."
         raise LaunchError("file", str(source), rule, "Plan anew with meshwright plan.")
     known = known_of(read, model)
-    layout = nearest_legal(known.model, known.job, known.layout, gpus)
+    layout = nearest_legal(known.model, known.job, known.layout, gpus, _can_run(read, known))
     made = _Made() if fresh else _in_place(source, read, known, layout)
     if not made.files:
         files, lost = _anew(read, known, layout, launcher, made.by_hand)
@@ -98,6 +98,7 @@ def resize(
         if not fresh and not made.by_hand:
             notes.append("A log, or so long a file, cannot be edited: a new script is written.")
         made = replace(made, files=files, notes=notes)
+    layout = made.layout or layout
     return Resized(
         read=read,
         before=known.layout,
@@ -117,11 +118,26 @@ def resize(
     )
 
 
+def _can_run(read: CheckResult, known: Known) -> Callable[[Layout[int]], bool]:
+    """Return whether a layout is nothing that the framework has no setting for.
+
+    What it lacks for the layout that was read does not count: that one runs.
+    """
+    name = read.launch.framework
+
+    def lacks(x: Layout[int]) -> set[str]:
+        return {f.field for f in unsupported(known.model, None, known.job, x, name)}
+
+    already = lacks(known.layout)
+    return lambda x: lacks(x) <= already
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Made:
     """Files of a resized launch; none where it could not be edited."""
 
     files: dict[str, str] = field(default_factory=dict[str, str])
+    layout: Layout[int] | None = None
     in_place: bool = False
     diff: str = ""
     by_hand: list[str] = field(default_factory=list[str])
@@ -138,12 +154,19 @@ def _in_place(
     per_node = _per_node(read.launch.gpus_per_node, layout.world_size)
     wanted = Wanted(layout=layout, job=known.job, gpus_per_node=per_node)
     edited = edit(texts, read.launch, known.layout, wanted)
-    by_hand = edited.by_hand or _unlike(edited.files, read, known, layout)
+    reached, unlike = _unlike(edited.files, read, known, layout)
+    by_hand = edited.by_hand or unlike
     if by_hand:
         return _Made(by_hand=by_hand)
     notes = _about_nodes(read.launch, layout.world_size, per_node, edited.files)
     notes += [f"moves along: {line}" for line in edited.also]
-    return _Made(files=edited.files, in_place=True, diff=_diff(texts, edited.files), notes=notes)
+    return _Made(
+        files=edited.files,
+        layout=reached,
+        in_place=True,
+        diff=_diff(texts, edited.files),
+        notes=notes,
+    )
 
 
 def _anew(
@@ -156,7 +179,12 @@ def _anew(
         remedy = "; ".join(by_hand) or "Leave --fresh out: the launch itself is edited."
         raise LaunchError("launch", read.launch.program, rule, remedy)
     carried = carried_to(read, known, name)
-    return launch_files(known.model, None, known.job, layout, name, launcher, carried), carried.lost
+    try:
+        files = launch_files(known.model, None, known.job, layout, name, launcher, carried)
+    except LaunchError as error:
+        remedy = "Change in the launch itself: " + "; ".join(by_hand) if by_hand else error.remedy
+        raise LaunchError(error.field, error.value, error.rule, remedy) from None
+    return files, carried.lost
 
 
 EVERY_BYTE: Final = "surrogateescape"
@@ -190,23 +218,29 @@ def texts_of(source: str | Path | Sequence[str]) -> dict[str, str] | None:
 
 def _unlike(
     files: dict[str, str], read: CheckResult, known: Known, layout: Layout[int]
-) -> list[str]:
-    """Return what the edited files still say otherwise than wanted, by field."""
+) -> tuple[Layout[int] | None, list[str]]:
+    """Return the layout that edited files say, and what they say otherwise than wanted."""
     name, *rest = files
     world = layout.world_size
     beside = {n: files[n] for n in rest}
     framework = read.launch.framework
-    again = read_document(files[name], name, gpus=world, framework=framework, beside=beside)
     try:
+        again = read_document(files[name], name, gpus=world, framework=framework, beside=beside)
         x = again.layout(world)
         job = again.job(x)
     except MeshwrightError as error:
-        return [str(error)]
+        return None, [str(error)]
     a, b = to_dict(plain(x)), to_dict(plain(layout))
-    found = [f"{k}: {a.get(k)} -> {b.get(k)}" for k in {**a, **b} if a.get(k) != b.get(k)]
+    own = _OWN if framework == "torchtitan" else ()
+    differ = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in own]
+    found = [f"{k}: {a.get(k)} -> {b.get(k)}" for k in differ]
     if (job.gbs, job.seq_len) != (known.job.gbs, known.job.seq_len):
         found.append(f"global batch: {job.gbs} -> {known.job.gbs}")
-    return found
+    return x if own else layout, found
+
+
+_OWN: Final = ("pipeline_layout", "account_for_embedding", "account_for_loss", "zero")
+"""What torchtitan makes of the number of stages by itself, where it is not told."""
 
 
 def plain(x: Layout[int]) -> Layout[int]:
