@@ -165,3 +165,12 @@ def test_layers_that_are_run_again_come_and_go() -> None:
     inputs = 8 * 4096 * 4096 * 2 / 2
     assert rank["activations_bytes"] <= 34 * inputs
     assert rank["buffers_bytes"] > 4 * inputs
+
+
+def test_composers_fused_loss_keeps_logits_in_16_bit() -> None:
+    # llm-foundry's default loss_fn is flash-attention's cross-entropy, which works in place.
+    composer = json.dumps({"framework": "composer"})
+    (found,) = predict([row(other_settings=composer)], load_models(shipped("models.json.gz")))
+    assert found.estimate is not None
+    first = found.estimate.stages[0]
+    assert first["logits_bytes"] in (0, 2 * 4096 * 128256 / 2)

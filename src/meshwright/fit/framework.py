@@ -52,7 +52,7 @@ FRAMEWORKS = (
     Framework(
         name="composer",
         gathers_from_master=True,
-        cross_entropy="plain",
+        cross_entropy="vendor",
         fused_kernels=False,
         fused_wgrad_accumulation=False,
         tuned_attention=False,
