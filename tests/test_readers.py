@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.errors import DocumentError, LaunchError, MeshwrightError
+from meshwright.frameworks.check import check
 from meshwright.frameworks.launch import FRAMEWORKS, Launch
 from meshwright.frameworks.overrides import from_python, from_yaml, value_of
 from meshwright.frameworks.read import read_document, read_launch
@@ -413,6 +415,35 @@ def test_what_no_launch_is_as_large_as_ends_in_an_error_of_ours(text: str) -> No
         use(read_document(text, "run.sh"))
     except MeshwrightError as error:
         assert error.rule
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.json", "[" * 100_000),
+        ("run.json", '{"a":' * 100_000),
+        ("run.yaml", "{a: " * 100_000),
+        ("run.yaml", "a:\n  " + "- " * 100_000 + "x\n"),
+        ("run.yaml", "? " * 100_000 + "x\n"),
+        ("run.toml", "a" + ".a" * 30_000 + "=1\n"),
+        ("run.toml", "x={a" + ".a" * 30_000 + "=1}\n"),
+    ],
+)
+def test_documents_deeper_than_any_launch_are_refused_at_once(
+    name: str, text: str, tmp_path: Path
+) -> None:
+    """A bug once: composing deep YAML overflowed the stack of the process."""
+    path = tmp_path / name
+    path.write_text(text)
+    begin = time.process_time()
+    with pytest.raises(DocumentError, match="more than"):
+        check(path)
+    assert time.process_time() - begin < 2
+
+
+def test_brackets_in_a_text_are_no_depth() -> None:
+    text = f"x: '{'[' * 5000}'\ntrainer:\n  strategy: {{tensor_model_parallel_size: 2}}\n"
+    assert read_document(text, "run.yaml").words["tensor_model_parallel_size"] == 2
 
 
 def test_a_script_that_only_submits_another_one_says_which(tmp_path: Path) -> None:

@@ -180,3 +180,23 @@ def test_expansion_agrees_with_bash(pieces: list[str]) -> None:
     ).stdout
     (command,) = parse(f"{setup}run {line}").commands
     assert "".join(f"{w.text}\n" for w in command.words) == shown
+
+
+def test_the_words_of_eval_are_the_command_that_they_spell() -> None:
+    script = (
+        "OPTIONS=\"--tensor-model-parallel-size 2 --moe-layer-freq '([0]*1+[1]*3)'\"\n"
+        'run_cmd="torchrun --nproc_per_node 8 --nnodes $NODES pretrain_gpt.py ${OPTIONS}"\n'
+        "echo ${run_cmd}\neval ${run_cmd}\n"
+    )
+    command = words(script)[-1]
+    assert command[-4:] == [
+        "--tensor-model-parallel-size",
+        "2",
+        "--moe-layer-freq",
+        "([0]*1+[1]*3)",
+    ]
+
+
+def test_eval_of_what_only_the_machine_knows_is_listed() -> None:
+    for script in ('eval "$(conda shell.bash hook)"\n', "eval $X\n", "eval\n", 'A="eval $A"\n$A\n'):
+        assert all("eval" in line for line in parse(script).unread)

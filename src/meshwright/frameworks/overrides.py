@@ -105,10 +105,14 @@ def from_yaml(text: str, origin: str) -> list[Override]:
     """Return the settings of a YAML (or JSON) document. Raises ``DocumentError``."""
     import yaml  # a tenth of a second that only YAML pays
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    _refuse_aliases(text, origin)
     try:
-        _refuse_aliases(text, origin)
+        if _may_be_deep(text):
+            _refuse_depth(loader(text), origin)
         found = yaml.load(text, Loader=loader)  # a safe loader: it makes plain data only
+    except DocumentError:
+        raise
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         first = str(error).partition("\n")[0][:200]
         raise DocumentError("document", origin, f"It is not valid YAML: {first}.", "") from None
@@ -124,12 +128,44 @@ def _refuse_aliases(text: str, origin: str) -> None:
         raise DocumentError("document", origin, rule, "Write the values out.")
 
 
+MOST_LEVELS: Final = 200
+
+
+def _may_be_deep(text: str) -> bool:
+    """Say whether blocks could lie deeper than ``MOST_LEVELS`` in far fewer lines."""
+    openings = text.count("[") + text.count("{")
+    return openings > MOST_LEVELS or re.search(r"(?:[-?][ \t]+){100}", text) is not None
+
+
+def _refuse_depth(reader: Any, origin: str) -> None:
+    """Refuse deep documents before they are composed: composing them overflows the stack."""
+    depth = 0
+    while reader.check_event():
+        kind = type(reader.get_event()).__name__
+        depth += kind in ("SequenceStartEvent", "MappingStartEvent")
+        depth -= kind in ("SequenceEndEvent", "MappingEndEvent")
+        if depth > MOST_LEVELS:
+            rule = f"It has more than {MOST_LEVELS} blocks in a block."
+            raise DocumentError("document", origin, rule, "Give the launch configuration itself.")
+
+
 def from_toml(text: str, origin: str) -> list[Override]:
     """Return the settings of a TOML document. Raises ``DocumentError``."""
+    return flatten(load_toml(text, origin), origin)
+
+
+def load_toml(text: str, origin: str) -> dict[str, Any]:
+    """Return a TOML document as data. Raises ``DocumentError``.
+
+    Keys of very many parts are refused: their tables take a time that grows with the square.
+    """
     import tomllib
 
+    if any(line.count(".") > 2 * MOST_LEVELS for line in text.splitlines()):
+        rule = f"A line has more than {2 * MOST_LEVELS} dots."
+        raise DocumentError("document", origin, rule, "Give the launch configuration itself.")
     try:
-        return flatten(tomllib.loads(text), origin)
+        return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
         raise DocumentError("document", origin, f"It is not valid TOML: {error}.", "") from None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshwright.errors import DocumentError
 from meshwright.frameworks.launch import Launch, Setting
 from meshwright.frameworks.read import read_text
 from meshwright.frameworks.words import job_words, layout_words
@@ -25,9 +25,12 @@ def load_saved(source: str | Path | Sequence[str]) -> Saved | None:
     """
     if not isinstance(source, str | Path) or Path(source).suffix.lower() != ".toml":
         return None
+    from meshwright.frameworks.overrides import load_toml
+
+    text = read_text(Path(source))
     try:
-        document = tomllib.loads(read_text(Path(source)))
-    except (tomllib.TOMLDecodeError, RecursionError):
+        document = load_toml(text, str(source))
+    except DocumentError:
         return None
     if not {"model", "cluster", "layout"} <= document.keys():
         return None

@@ -373,7 +373,7 @@ class _Reader:
                 self.variables.scalars.pop(word.text, None)
                 self._env = None
         elif name == "eval":
-            self._note(line, "eval was not followed")
+            self._evaluate(words[1:], line)
         else:
             at, text = _given_script(words, body)
             if text and self.nested < MAX_NESTED:
@@ -382,6 +382,13 @@ class _Reader:
                 env = {**self.exported_now(), **prefix} if prefix else self.exported_now()
                 all_words = (*self.wrapper, *words)
                 self.commands.append(Command(words=all_words, line=line, env=env))
+
+    def _evaluate(self, words: list[Word], line: int) -> None:
+        """Read the words of ``eval`` as the command line that they spell, when it is known."""
+        if not words or words[0].text[:1] in ("$", "`") or self.nested >= MAX_NESTED:
+            self._note(line, "eval was not followed")
+            return
+        self._nest(" ".join(w.text for w in words), [], line)
 
     def _nest(self, text: str, wrapper: list[Word], line: int) -> None:
         """Read the script that a shell is given as an argument or as a here-document.
