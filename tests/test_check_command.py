@@ -398,9 +398,12 @@ def test_the_gpu_that_a_script_asks_slurm_for_is_the_one_that_rules_ask_about(
     tmp_path: Path,
 ) -> None:
     words = shlex.join(megatron("--tensor-model-parallel-size 2 --sequence-parallel"))
-    for gpu, refused in (("h100", True), ("b200", False)):
-        script = tmp_path / f"{gpu}.sh"
-        head = f"#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --gres=gpu:{gpu}:8\n"
+    asked = ("--gres=gpu:h100:8", "--gpus-per-node=h100:8", "--gpus=h100:16", "-G h100:16")
+    for option in (*asked, *(text.replace("h100", "b200") for text in asked)):
+        refused = "h100" in option
+        script = tmp_path / "run.sh"
+        head = f"#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH {option}\n"
         script.write_text(f"{head}srun torchrun --nproc-per-node 8 --nnodes 2 {words}\n")
-        found = {f.id for f in check(script).findings}
-        assert ("MLM-ARG-conn" in found) is refused
+        result = check(script)
+        assert result.cluster is not None
+        assert ("MLM-ARG-conn" in {f.id for f in result.findings}) is refused

@@ -430,15 +430,19 @@ def _experts_of_name(reading: Reading) -> None:
 
 
 def _with_machine(launch: Launch, chosen: Started, script: Script) -> Launch:
-    """Add the words as given, and what the batch options say of the machine: ``gpu:h100:8``."""
+    """Add the words as given, and what the batch options say of the machine."""
     per_node = chosen.counts.gpus_per_node or (
         chosen.counts.per_node if chosen.counts.torchrun else 0
     )
-    gres = re.search(r"gpu:([A-Za-z][\w-]{1,40}):\d", " ".join(script.sbatch))
+    asked = re.search(_GPU_KIND, " ".join(script.sbatch))
     return replace(
         launch,
         program=chosen.program.text,
         given=(*launch.given, *chosen.args),
         gpus_per_node=launch.gpus_per_node or per_node or None,
-        gpu=gres[1] if gres else "",
+        gpu=asked[1] if asked else "",
     )
+
+
+_GPU_KIND: Final = r"(?:gpu:|--gpus(?:-per-\w{1,8})?[= ]|-G ?)([A-Za-z][\w-]{1,40}):\d"
+"""How Slurm is asked for a kind of GPU: ``--gres=gpu:h100:8``, ``--gpus-per-node=h100:8``."""
