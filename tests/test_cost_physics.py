@@ -361,3 +361,13 @@ def test_the_fullest_rank_of_experts_gets_at_most_every_token() -> None:
     # Two of eight experts get a token: no rank gets more than four times the mean.
     assert lost("mixtral-8x22b", 8, 64) == pytest.approx(lost("mixtral-8x22b", 4, 64), rel=0.02)
     assert lost("deepseek-v3", 64, 512) > lost("deepseek-v3", 8, 512) > 1.0
+
+
+def test_ranks_that_share_the_sending_of_a_message_send_it_faster() -> None:
+    def message_s(*, scatters: bool, sp: bool) -> float:
+        x = layout(tp=8, pp=2, gpus=16, sp=sp)
+        time = estimate(LLAMA, load_cluster("16xA100"), job(scatters_messages=scatters), x).time
+        return time["pp_comm_s"]
+
+    assert message_s(scatters=True, sp=False) < 0.3 * message_s(scatters=False, sp=False)
+    assert message_s(scatters=True, sp=True) == message_s(scatters=False, sp=True)

@@ -17,11 +17,12 @@ from meshwright.cost.blocks import (
     NUM_KINDS,
     RECOMPUTE,
     BlockSeconds,
+    Pricing,
     block_seconds,
     pricing,
 )
 from meshwright.cost.columns import Floats, Index, distinct, distinct_index
-from meshwright.cost.comm import distinct_spans, network, point_to_point_s
+from meshwright.cost.comm import all_gather_s, distinct_spans, network, point_to_point_s
 from meshwright.cost.data_parallel import (
     DataParallel,
     Weights,
@@ -95,6 +96,10 @@ class Priced:
     dense_trained: Floats
     expert_trained: Floats
     message_bytes: Floats
+    sent_bytes: Floats
+    """What a rank sends of a message between pipeline neighbours, [D]."""
+    regather_s: Floats
+    """Seconds to gather a message that was sent in parts, [D]."""
     gathered_bytes: Floats
     """Whole weights of the two largest layers, which ZeRO-3 has gathered at once, [D]."""
     is_full: NDArray[np.bool_]
@@ -113,6 +118,8 @@ def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors
     if job.task == "lora":
         trained = trained_params_per_rank(model, job, found.rows)
     forward, backward = _stack(seconds)
+    message = part.sp_tokens * model.hidden_size * job.precision.act_bytes
+    sent, regather = scattered_message(message, job, p)
     if job.execution.offloaded_modules or job.execution.activation_offload_layers:
         add_offload_waits_s(model, cluster, job, sizes, forward, backward)
         sizes = without_offloaded_layers(sizes, model, job)
@@ -136,12 +143,29 @@ def price(model: Model, cluster: Cluster, job: Job, x: Layouts, factors: Factors
         expert_params=expert,
         dense_trained=trained[0],
         expert_trained=trained[1],
-        message_bytes=part.sp_tokens * model.hidden_size * job.precision.act_bytes,
+        message_bytes=message,
+        sent_bytes=sent,
+        regather_s=regather,
         gathered_bytes=2.0
         * np.max((dense + expert)[:, : len(model.layer_kinds)], axis=1)
         * job.precision.param_bytes,
         is_full=(found.rows.recompute & int(Recompute.full)) != 0,
     )
+
+
+def scattered_message(message_bytes: Floats, job: Job, p: Pricing) -> tuple[Floats, Floats]:
+    """Return the bytes a rank sends to its pipeline neighbour, and seconds to gather them there.
+
+    Without sequence parallelism every tensor-parallel rank has the whole message. Where they share
+    the sending, each sends 1/tp of it, and NVLink gathers the parts. Ref: Narayanan et al.,
+    arXiv:2104.04473, section 4.1 (scatter/gather optimization).
+    """
+    whole = (p.slice.sp == 0) & (p.slice.tp > 1)
+    if not job.execution.scatters_messages:
+        return message_bytes, np.zeros_like(message_bytes)
+    gather_s = all_gather_s(message_bytes, p.slice.spans.tp, p.net)
+    sent = np.where(whole, message_bytes / p.slice.tp, message_bytes)
+    return sent, np.where(whole, gather_s, 0.0)
 
 
 def add_offload_waits_s(
@@ -274,7 +298,8 @@ def price_rows(
     over, mesh_of = distinct_spans(x, cluster)
     crosses = over.pp_crosses[mesh_of]
     hidden = factors.pp_hidden_fraction * float(job.execution.overlap_pp_comm)
-    message_s = point_to_point_s(priced.message_bytes[priced.inverse], crosses, net)
+    message_s = point_to_point_s(priced.sent_bytes[priced.inverse], crosses, net)
+    message_s = message_s + priced.regather_s[priced.inverse]
     return Table(
         model=model,
         cluster=cluster,

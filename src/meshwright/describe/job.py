@@ -165,6 +165,8 @@ class Execution:
     """torchtitan's selective checkpointing by op: of matmul outputs every second one is kept."""
     blocking_checkpoints: bool = False
     """Each recomputed layer saves and restores random states through the host."""
+    scatters_messages: bool = False
+    """Tensor-parallel ranks share the sending of what all of them hold to the next stage."""
     packed_sample_tokens: int = 0
     """Mean length of the samples packed into a sequence; 0: one sample fills it."""
     optimizer_offload_fraction: float = 0.0

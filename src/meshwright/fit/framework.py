@@ -28,6 +28,7 @@ class Framework:
     tuned_attention: bool = True
     gathers_once: bool = False
     blocking_checkpoints: bool = False
+    scatters_messages: bool = False
     recompute: str = "none"
     expandable_segments: bool = False
     gathers_from_master: bool = False
@@ -66,6 +67,7 @@ FRAMEWORKS = (
     Framework(
         name="deepspeed",
         blocking_checkpoints=True,
+        scatters_messages=True,
         # One of 5e8 elements to reduce and one to gather, its defaults.
         bucket_bytes=2 * 5e8 * 2,
         overlap=False,

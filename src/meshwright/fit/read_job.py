@@ -249,6 +249,7 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
         shared_expert_overlap=s.flag("moe_shared_expert_overlap", default=False),
         recompute_every_second_matmul=by_op,
         blocking_checkpoints=framework.blocking_checkpoints,
+        scatters_messages=framework.scatters_messages,
         packed_sample_tokens=PACKED_SAMPLE_TOKENS if packed else 0,
         optimizer_offload_fraction=min(max(_fraction(s, "optimizer_offload_fraction"), 0.0), 1.0),
         activation_offload_layers=offload,
