@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from meshwright.__main__ import main
+
 pytestmark = pytest.mark.parity
 
 CONFIG = {
@@ -100,14 +102,50 @@ def test_a_rank_with_another_config_is_named_by_all(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_told_without_a_traceback(
-    words: tuple[str, ...], told: str, tmp_path: Path
+    words: tuple[str, ...],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (process,) = _start(tmp_path, words, layout="tp=1")
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG), encoding="utf-8")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(sys, "argv", ["meshwright", "train", str(config), *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
     assert "Traceback" not in error
     assert "error:" in error
     assert told in error
+
+
+@pytest.mark.parametrize(
+    ("world", "rank", "told"),
+    [
+        ("two", "0", "WORLD_SIZE = 'two'"),
+        ("2", "2", "RANK = 2: Of 2 ranks the last is 1"),
+        ("3", "0", "layout.tp = 2: Groups of tp have equal size"),
+    ],
+)
+def test_a_world_that_cannot_be_is_told_at_once(
+    world: str,
+    rank: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG), encoding="utf-8")
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["meshwright", "train", str(config), "--layout", "tp=2"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 def _ranks_of(folder: Path) -> list[int]:

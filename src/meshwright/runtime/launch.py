@@ -159,6 +159,9 @@ def join_torchrun(world_size: int, timeout_s: float) -> Generator[int, None, Non
     """
     check_timeout(timeout_s)
     started, rank = _told("WORLD_SIZE", 1), _told("RANK", 0)
+    if rank >= max(1, started):
+        rule = f"Of {started} ranks the last is {started - 1}."
+        raise LaunchError("RANK", rank, rule, "Start with torchrun, which numbers the ranks.")
     if started != world_size:
         raise LaunchError(
             "world_size",
@@ -236,7 +239,7 @@ def _meet(rank: int, world_size: int, backend: str, timeout_s: float) -> Store:
         )
         store.set(f"meshwright/process/{rank}", f"{os.getpid()} {socket.gethostname()}")
     except (RuntimeError, ValueError) as error:
-        text = str(error).splitlines()[0]
+        text = str(error).splitlines()[0].rstrip(".")
         rule = f"The ranks did not meet: {text}."
         remedy = "Check that every rank started, and that MASTER_PORT is free."
         raise LaunchError("rank", rank, rule, remedy) from None
