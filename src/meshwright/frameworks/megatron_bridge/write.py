@@ -232,6 +232,9 @@ def _overrides(words: dict[str, Any], target: Target) -> dict[str, Any]:
     if target.layout.vpp == 1:
         # Without interleaving Bridge refuses a switch that would do nothing.
         words["overlap_p2p_comm"] = False
+    elif target.layout.pipeline_layout is not None and words.get("overlap_p2p_comm"):
+        # Bridge chooses batches before it has counted the chunks of a layout string.
+        found["comm_overlap.batch_p2p_comm"] = False
     for word, value in words.items():
         for path in _ELSEWHERE.get(word, (f"model.{word}",)):
             if _differs(path, value):
