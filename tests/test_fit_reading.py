@@ -86,10 +86,17 @@ def test_an_empty_cell_is_looked_for_among_the_settings() -> None:
 
 
 def test_words_are_one_however_they_are_spelled() -> None:
-    for key in ("tp_comm_overlap", "--tp-comm-overlap", "TP-comm-overlap", "+tp_comm_overlap"):
+    for key in ("tp_comm_overlap", "--tp-comm-overlap", "TP-COMM-OVERLAP", "+tp_comm_overlap"):
         assert not run({key: "off"}).job.execution.overlap_tp_comm
     deep = {"trainer": {"strategy": {"tp_comm_overlap": False}}}
     assert read_settings({"other_settings": json.dumps(deep)}).find("tp_comm_overlap") is False
+
+
+def test_numbers_and_tasks_are_one_however_they_are_spelled() -> None:
+    for depths in (1, "1", 1.0):
+        assert len(run({"mtp_num_layers": depths}, model="deepseek-v3").model.mtp_layers) == 1
+    assert run(task="LoRA").job.task == "lora"
+    assert run(task="SFT").job.task == "sft"
 
 
 @pytest.mark.parametrize("no", ["0", "false", "No", "off", "disabled"])
@@ -332,3 +339,29 @@ def test_any_settings_are_priced_or_refused_by_a_rule(
 def test_any_model_is_priced_or_refused_by_a_rule(name: str, words: dict[str, Any]) -> None:
     models = {name: {**MODELS[name], **words}}
     judged(predict([{**ROW, "model": name, "tp": "1", "fsdp": "full:32"}], models)[0])
+
+
+def respelled(words: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with sections nested, names in capitals and values as text."""
+    out: dict[str, Any] = {}
+    for key, value in words.items():
+        section, dot, name = key.partition(".")
+        if isinstance(value, dict):
+            out[key] = respelled(value)  # pyright: ignore[reportUnknownArgumentType]
+        elif dot:
+            out.setdefault(section, {})[name] = value
+        else:
+            plain = str(value) if isinstance(value, bool | int) else value
+            out[key.upper().replace("_", "-")] = plain
+    return out
+
+
+def test_a_row_means_the_same_in_other_spelling() -> None:
+    for row in RUNS[::83]:
+        words = respelled(json.loads(row["other_settings"] or "{}"))
+        cells = {
+            k: f" {row[k].upper()} " for k in ("gpu", "precision", "fsdp", "task", "recompute")
+        }
+        other = {**row, **cells, "other_settings": json.dumps(words)}
+        first, second = predict([row, other], MODELS)
+        assert (first.step_time_s, first.peak_bytes) == (second.step_time_s, second.peak_bytes)

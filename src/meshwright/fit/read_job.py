@@ -42,7 +42,7 @@ def read_job(
 
     ``by_op``: activations are kept by op, of matmul outputs every second one.
     """
-    task = s.cell("task") or "pretrain"
+    task = s.task
     if task == "module":
         task = "pretrain"
     if task not in TASKS:
@@ -195,7 +195,7 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
         overlap_tp_comm=s.flag(
             "tp_comm_overlap",
             "async_tp",
-            default=framework.overlap_tp and s.cell("task") != "lora",
+            default=framework.overlap_tp and s.task != "lora",
         ),
         overlap_ep_comm=s.flag(
             "overlap_moe_expert_parallel_comm", "moe_a2a_overlap", default=False
@@ -268,7 +268,7 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
 def _is_module(s: Settings) -> bool:
     """Return whether one layer ran alone: built with Megatron's defaults, which fuse nothing, and
     without an optimizer."""
-    return s.cell("task") == "module"
+    return s.task == "module"
 
 
 def _has_dropout(s: Settings) -> bool:

@@ -75,7 +75,7 @@ def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
         layout=made,
         statistic=statistic,
         rank=rank,
-        is_module=s.cell("task") == "module",
+        is_module=s.task == "module",
         assumed=tuple(dict.fromkeys((*model.assumed, *cluster.assumed, *s.assumed))),
     )
 
@@ -102,10 +102,10 @@ def read_model(s: Settings, models: Mapping[str, Any]) -> Model:
         )
     entry = dict(models[name])
     _override(entry, s)
-    depths = s.find("mtp_num_layers")
-    if isinstance(depths, int) and not isinstance(depths, bool) and depths >= 0:
+    depths = s.whole("mtp_num_layers", default=-1)
+    if depths >= 0:
         entry["mtp_layers"] = depths
-    if entry.get("mtp_layers") and depths is None and s.cell("task") in ("sft", "lora"):
+    if entry.get("mtp_layers") and depths < 0 and s.task in ("sft", "lora"):
         entry["mtp_layers"] = 0
     facts = published_decoder(name, entry)
     return build_decoder(_megatron_defaults(facts, s) if s.section("args") else facts)

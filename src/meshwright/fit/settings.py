@@ -92,6 +92,12 @@ class Settings:
         """Return the text of a cell, empty where the row does not state it."""
         return str(self.cells.get(name) or "").strip()
 
+    @property
+    def task(self) -> str:
+        """Return the task in lower case: pretrain, sft, lora or module; pretrain if not stated."""
+        text = self.cell("task").lower()
+        return "pretrain" if text in NOT_STATED else text
+
     def number(self, name: str) -> int | None:
         """Return the whole number in a cell, or None where the row does not state it.
 
@@ -119,7 +125,7 @@ class Settings:
     def find(self, *names: str) -> Setting:
         """Return the first of ``names`` that is set, in the order of ``SECTIONS``; else None."""
         for name in names:
-            for key in self._keys.get(name, ()):
+            for key in self._keys.get(name.lower(), ()):
                 if self.words[key] is not None:
                     return self.words[key]
         return None
@@ -216,7 +222,7 @@ def read_settings(row: Mapping[str, str]) -> Settings:
 def _flat(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Setting]]:
     for key, value in nested.items():
         word = key.strip().lstrip("+-").replace("-", "_")
-        path = prefix + (word if word.isupper() else word.lower())
+        path = prefix + word.lower()
         if isinstance(value, dict):
             yield from _flat(cast("dict[str, Any]", value), f"{path}.")
         else:
