@@ -278,3 +278,11 @@ def test_skyrl_rounds_samples_down_to_its_ranks_and_only_warns() -> None:
     result = check(launch, gpus=8)
     assert result.ok
     assert "tail_is_cut" in {f.id for f in result.findings}
+
+
+def test_what_is_taken_for_granted_of_a_recipe_is_nothing_to_warn_of() -> None:
+    recipe = bridge("qwen3_30b_a3b_pretrain", "model.expert_tensor_parallel_size=1")
+    warned = {f.id for f in check(recipe, gpus=64).findings if f.severity != "note"}
+    assert not warned & {"MB-CFG-opg_sync", "MB-CFG-distopt_sync", "MLM-TC-router_dtype"}
+    said = [*recipe, "ddp.overlap_param_gather=true", "optimizer.overlap_param_gather=false"]
+    assert "MB-CFG-opg_sync" in {f.id for f in check(said, gpus=64).findings}

@@ -163,10 +163,12 @@ def _recipe_base(recipe: str, reading: Reading) -> dict[str, Any]:
     base |= {"train.micro_batch_size": 1, "train.global_batch_size": 512}
     base |= {"ddp.use_distributed_optimizer": True, "optimizer.use_distributed_optimizer": True}
     base |= {"ddp.overlap_grad_reduce": True, "ddp.overlap_param_gather": True}
+    base |= {"optimizer.overlap_param_gather": True}
     base |= {"model.cross_entropy_loss_fusion": True}
     if model.is_moe:
         base |= {"model.moe_token_dispatcher_type": "alltoall", "model.moe_grouped_gemm": True}
         base |= {"model.moe_permute_fusion": True, "model.moe_aux_loss_coeff": 0.001}
+        base |= {"model.moe_router_dtype": "fp32"}
     reading.assumed.append(
         f"recipe {recipe}: the shape of {model.name}; what the recipe sets besides is not read:"
         " sequence 4096, batch 512, no parallelism, an overlapped distributed optimizer and fused"
