@@ -96,7 +96,8 @@ class Router(nn.Module):
         b, x = x.shape[1], x.flatten(0, 1)
         at_least = torch.float64 if x.dtype == torch.float64 else torch.float32
         if moe.scoring == "sigmoid":
-            logits = F.linear(x.to(at_least), self.weight.to(at_least))
+            bias = None if self.bias is None else self.bias.to(at_least)
+            logits = F.linear(x.to(at_least), self.weight.to(at_least), bias)
             scores = logits.sigmoid()
         else:
             logits = F.linear(x, self.weight, self.bias).to(at_least)
