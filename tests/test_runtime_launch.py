@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from meshwright.errors import LaunchError, LayoutError
+from meshwright.runtime import launch
 from meshwright.runtime.launch import join_torchrun, run_ranks
 
 pytestmark = pytest.mark.parity
@@ -142,3 +143,13 @@ def test_a_port_in_use_is_told() -> None:
         told = run_ranks(0, _never_there, taken.getsockname()[1], extra=1, timeout_s=20)
     assert "The ranks did not meet" in told[0]
     assert "MASTER_PORT is free" in told[0]
+
+
+def test_a_rank_that_ended_after_others_were_gone_is_not_the_culprit() -> None:
+    store, gone = dist.HashStore(), 2**22 + 1  # above the largest process number of Linux
+    for rank in range(3):
+        pid = os.getpid() if rank == 1 else gone
+        store.set(f"meshwright/process/{rank}", f"{pid} {socket.gethostname()}")
+    store.set("meshwright/lost/0", "Connection closed by peer")
+    found = launch._who_failed(store, 3, 5.0)
+    assert found == (2, "its process is gone (killed, or out of memory)")

@@ -267,10 +267,11 @@ def _who_failed(store: Store, world_size: int, timeout_s: float) -> tuple[int | 
                 if store.check([f"meshwright/failure/{rank}"]):
                     return rank, store.get(f"meshwright/failure/{rank}").decode()
                 pid, host = store.get(f"meshwright/process/{rank}").decode().split()
+                if store.check([f"meshwright/lost/{rank}"]):
+                    continue  # It ended too, after it saw that others were gone.
                 if host == socket.gethostname() and not _is_running(int(pid)):
                     return rank, "its process is gone (killed, or out of memory)"
-                if not store.check([f"meshwright/lost/{rank}"]):
-                    silent.append(rank)
+                silent.append(rank)
         time.sleep(0.1)
     if not silent:
         return None
