@@ -33,7 +33,9 @@ Quantities = dict[str, int | str]
 
 _UNCHOSEN: Final = ("default", "derived", "changed")
 """How the origin of a value begins that the launch does not give."""
-_PLACING: Final = re.compile(r"(?i)node|gpus|engines|devices|parallel|degree|nproc|replica")
+_PLACING: Final = re.compile(
+    r"(?i)node|gpus|engines|devices|parallel|degree|nproc|replica|overlap_p2p|pp_microbatches"
+)
 """Arguments that a rule may ask to follow the number of GPUs."""
 _DEGREES: Final = ("pp", "tp", "cp", "ep", "etp", "mbs", "dp_replicate")
 _FROM_ZERO: Final = ("first", "last", "microbatch_group_size")
@@ -148,10 +150,10 @@ def targets(now: Quantities, before: Layout[int], wanted: Wanted) -> Quantities:
     target["gpus"] = y.world_size if now["gpus"] else 0
     if y.vpp == 1:
         target["microbatch_group_size"] = 0
+    copies = before.dp > 1 and before.dp_replicate == 1 and now.get("dp_copies") == before.dp
     if now.get("dp_shard"):
-        target["dp_shard"] = y.dp // max(y.dp_replicate, 1)
+        target["dp_shard"] = 1 if copies else y.dp // max(y.dp_replicate, 1)
     if now.get("dp_copies"):
-        copies = now["dp_copies"] == before.dp and before.dp_replicate == 1
         target["dp_copies"] = y.dp if copies else y.dp_replicate
     return target
 
@@ -188,7 +190,8 @@ class _Editor:
         self.given = {
             word: setting.value
             for word, setting in self.launch.settings.items()
-            if word not in {*_WORDS.values(), *_CHUNKS} and not setting.origin.startswith(_UNCHOSEN)
+            if word not in {*_WORDS.values(), *_CHUNKS, "pipeline_schedule"}
+            and not setting.origin.startswith(_UNCHOSEN)
         }
         for view in (_without_batch_options, _script_alone):
             seen = self.read(view(self.files)) if view(self.files) != self.files else None
@@ -273,6 +276,8 @@ class _Editor:
         now = quantities(self.launch if seen is None else seen)
         old, new = now[name], self.targets[name]
         if isinstance(old, int) and isinstance(new, int) and name != "sp":
+            if (name, new) == ("vpp", 1):
+                yield self._without(name)
             if old > 0 and new > 0:
                 yield numbers(self.files, lambda v: new if v == old else None)
                 yield numbers(self.files, lambda v: _scaled(v, new, old))
@@ -353,7 +358,7 @@ class _Editor:
         """Move numbers that place other parts of the training where a rule asks for it now."""
         known = {*_errors(self.launch)}
         x, y = self.before, self.wanted.layout
-        ratios = {(y.world_size, x.world_size), (y.tp, x.tp), (y.ep, x.ep)}
+        ratios = {(y.world_size, x.world_size), (y.tp, x.tp), (y.ep, x.ep), (x.dp, y.dp)}
         for _ in range(8):
             new = {*_errors(self.read(self.files))} - known
             if not new:

@@ -290,7 +290,9 @@ def _about_nodes(launch: Launch, gpus: int, per_node: int, files: dict[str, str]
     return found + _stale(files, old - {str(gpus), str(nodes), str(per_node)})
 
 
-_COUNTS: Final = re.compile(r"(?i)\b\w*(world_?size|gpus|nodes|devices)\w*\s*[=:]\s*[\"']?(\d+)\b")
+_COUNTS: Final = re.compile(
+    r"(?i)\b\w{0,40}(world_?size|gpus|nodes|devices)\w{0,40}\s{0,9}[=:]\s{0,9}[\"']?(\d{1,7})\b"
+)
 
 
 def _stale(files: dict[str, str], old: set[str]) -> list[str]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Final
 
 Files = Mapping[str, str]
 """Text by file name; the launch itself comes first."""
 
-MOST_LITERALS: Final = 400
+MOST_PLACES: Final = 400
 _NUMBER: Final = re.compile(r"(?<![\w.])\d{1,7}(?![\w.])|(?<=\s-[NnG])\d{1,7}\b")
 _SWITCH: Final = re.compile(r"(?<![\w.])([Tt]rue|[Ff]alse)(?![\w.])")
 _ASSIGNED: Final = re.compile(r"\s*((export|local|readonly)\s+)?\w+=\S*\s*$")
@@ -28,9 +29,9 @@ def line_of(text: str, at: int) -> tuple[int, int]:
 
 
 def _matches(files: Files, pattern: re.Pattern[str]) -> Iterator[tuple[str, re.Match[str]]]:
-    """Yield what stands outside of comments; batch options are none."""
+    """Yield what stands outside of comments, ``MOST_PLACES`` at most; batch options are none."""
     for name, text in files.items():
-        for match in pattern.finditer(text):
+        for match in islice(pattern.finditer(text), MOST_PLACES):
             start, _ = line_of(text, match.start())
             before = text[start : match.start()]
             if before.startswith("#SBATCH") or not re.search(r"(^|\s)#", before):
@@ -49,8 +50,7 @@ def numbers(files: Files, value: Callable[[int], int | None]) -> Iterator[dict[s
         start, end = line_of(files[found[0]], found[1].start())
         return _ASSIGNED.match(files[found[0]][start:end]) is None
 
-    found = [item for item, _ in zip(_matches(files, _NUMBER), range(MOST_LITERALS), strict=False)]
-    for name, match in sorted(found, key=is_argument):
+    for name, match in sorted(_matches(files, _NUMBER), key=is_argument):
         made = value(int(match.group()))
         if made is not None and str(made) != match.group():
             yield _with(files, name, match.start(), match.end(), str(made))
@@ -67,7 +67,7 @@ def inserted(files: Files, beside: str, key: str, value: str) -> Iterator[dict[s
 
     An empty value is a flag by itself.
     """
-    pattern = re.compile(rf"(?<![\w.-])([\w.+-]*\.)?{re.escape(beside)}(\s*[=:]\s*|\s+){_VALUE}")
+    pattern = re.compile(rf"(?<![\w.+-])([\w.+-]*\.)?{re.escape(beside)}(\s*[=:]\s*|\s+){_VALUE}")
     for name, match in _matches(files, pattern):
         text = files[name]
         start, end = line_of(text, match.start())
@@ -88,7 +88,7 @@ def removed(files: Files, keys: Iterable[str]) -> Iterator[dict[str, str]]:
     """Take an argument out, with its line where it stands alone on it."""
     for key in keys:
         spelled = re.escape(key).replace("_", "[-_]")
-        pattern = re.compile(rf"(?<![\w.-])[\w.+-]*{spelled}(\s*[=:]\s*|\s+){_VALUE}[ ,]*")
+        pattern = re.compile(rf"(?<![\w.+-])[\w.+-]*{spelled}(\s*[=:]\s*|\s+){_VALUE}[ ,]*")
         for name, match in _matches(files, pattern):
             text = files[name]
             start, end = line_of(text, match.start())
