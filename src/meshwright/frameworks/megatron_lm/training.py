@@ -49,6 +49,34 @@ def _dtypes(s: Settings) -> dict[str, Any]:
 
 RULES = (
     error(
+        "MLM-ARG-convert_ends",
+        "validate_args:392",
+        "ckpt_convert_format",
+        lambda s: (
+            s.ckpt_convert_format is not None and (s.ckpt_convert_save is None or s.load is None)
+        ),
+        "Converting a checkpoint reads one folder and writes another.",
+        "Add --load and --ckpt-convert-save.",
+    ),
+    error(
+        "MLM-ARG-logits_top_k",
+        "validate_args:1752",
+        "logits_save_dir",
+        lambda s: s.logits_save_dir is not None and s.logits_save_top_k is None,
+        "Saved logits are the largest few of each token.",
+        "Add --logits-save-top-k.",
+    ),
+    error(
+        "MLM-ARG-replication",
+        "validate_args:1816",
+        "replication",
+        lambda s: (
+            s.replication and (s.replication_jump is None or s.non_persistent_ckpt_type != "local")
+        ),
+        "Replicas of local checkpoints lie on ranks at a stated distance.",
+        "Add --replication-jump and --non-persistent-ckpt-type local.",
+    ),
+    error(
         "MLM-ARG-old_batch_size",
         "validate_args:591",
         "batch_size",
