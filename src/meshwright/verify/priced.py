@@ -149,6 +149,7 @@ _FREE = Factors(
     link_fraction=1.0,
     pcie_fraction=1.0,
     network_fraction=1.0,
+    link_all_to_all_fraction=1.0,
     all_to_all_fraction=1.0,
     collective_s=0.0,
     kernel_s=0.0,
