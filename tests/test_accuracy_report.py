@@ -259,10 +259,10 @@ def test_the_measured_gpus_are_those_of_the_shipped_runs() -> None:
 
 
 def test_intervals_hold_their_share_of_the_shipped_runs() -> None:
-    rows = [r for r in load_runs(shipped("runs.csv.gz")) if r["quality"] in TUNED][::4]
+    rows = [r for r in load_runs(shipped("runs.csv.gz")) if r["quality"] in TUNED][::8]
     held = summary(rows)["interval"]
-    assert held["rows"] > 100
+    assert held["rows"] > 60
     assert held["held_fraction"] >= held["stated_fraction"] - 0.03
-    rows = [r for r in load_runs(shipped("memory.csv.gz")) if r["peak_memory_stat"]][::3]
+    rows = [r for r in load_runs(shipped("memory.csv.gz")) if r["peak_memory_stat"]][::5]
     held = summary(rows)["peak_interval"]
     assert held["held_fraction"] >= held["stated_fraction"] - 0.05
