@@ -45,6 +45,8 @@ def compile_layers(chunks: Iterable[Chunk], backend: str) -> None:
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     config.recompile_limit = max(config.recompile_limit, 2 * len(layers))
     for layer in layers:
+        # Made before tracing: torch 2.11 cannot trace how a frozen dataclass is made.
+        _ = layer.context.attention, layer.context.region
         if isinstance(layer.mlp, Moe):
             experts = cast("Any", layer.mlp)
             experts.forward = torch.compiler.disable(experts.forward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -48,7 +49,7 @@ class Context:
         """Whether tokens are divided by TP between tensor-parallel regions."""
         return bool(self.layout.sp) and self.layout.tp > 1
 
-    @property
+    @cached_property
     def region(self) -> Region:
         """How tensor-parallel regions are entered."""
         return Region(
@@ -58,7 +59,7 @@ class Context:
             later=self.later,
         )
 
-    @property
+    @cached_property
     def attention(self) -> ContextAttention:
         """Attention over the sequence as context parallelism spreads it."""
         return ContextAttention(
