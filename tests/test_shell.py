@@ -200,3 +200,71 @@ def test_the_words_of_eval_are_the_command_that_they_spell() -> None:
 def test_eval_of_what_only_the_machine_knows_is_listed() -> None:
     for script in ('eval "$(conda shell.bash hook)"\n', "eval $X\n", "eval\n", 'A="eval $A"\n$A\n'):
         assert all("eval" in line for line in parse(script).unread)
+
+
+FUNCTIONS = r"""
+function show { for x in "$@"; do printf '[%s]' "$x"; done; printf '\n'; }
+launch() {
+  local tp=$1 pp="${2:-1}"; shift 2
+  { echo brace; }
+  TP=8
+  emit --tp $tp --pp $pp --n $# "$@" "${@:2}" "$*" ${10} $((tp * 2)) $tp$TP
+}
+tp=none
+if [ 1 = 2 ]; then never() { emit never; }; fi
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "launch 2 4 --sp 'a b'",
+        "launch 2 '' x",
+        "launch 2 4; emit $tp $TP",
+        'A=(4 1 --x y); launch ${A[@]}; launch "${A[@]:1:2}"',
+        'set -- 1 2 3; launch "$@"; emit $# $3',
+    ],
+)
+def test_functions_are_followed_with_the_words_of_their_call(call: str) -> None:
+    """Oracle: bash itself, where ``emit`` prints the words that it is given."""
+    printing = "emit() { printf '%s\\037' emit \"$@\"; printf '\\n'; }\n"
+    shown = subprocess.run(
+        ["bash", "-c", f"{printing}{FUNCTIONS}{call}\n"], capture_output=True, text=True, check=True
+    ).stdout
+    expected = [line.split("\037")[:-1] for line in shown.splitlines() if "\037" in line]
+    assert [w for w in words(f"{FUNCTIONS}{call}\n") if w[0] == "emit"] == expected
+
+
+def test_a_function_given_the_arguments_of_the_script_knows_only_its_own_defaults() -> None:
+    (command,) = parse('f() { run --tp ${1:-4} --pp $2 "$@"; }\nf "$@"\n').commands
+    assert [w.text for w in command.words] == ["run", "--tp", "4", "--pp", "$2", "$@"]
+    (command,) = parse('f() { run --tp $1 --n $# "${@:2}"; }\nf 2 "$@"\n').commands
+    assert [w.text for w in command.words] == ["run", "--tp", "2", "--n", "$#", "$@"]
+
+
+def test_the_environment_before_a_call_is_that_of_what_the_function_starts() -> None:
+    inner, after = parse("f() { B=2 run; }\nA=1 f\nrun\n").commands
+    assert (dict(inner.env), dict(after.env)) == ({"A": "1", "B": "2"}, {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ":(){ :|:& };:\n",
+        "f() { f; f; }\n" * 3000 + "f\n",
+        "".join(f"f{n}() {{ {f'f{n + 1};' * 50} }}\n" for n in range(9)) + "f0\n",
+        "f() { " * 4000 + "f\n",
+        "f() { run $1 $@ $@ $@; f2 $@ $@; }; f2() { f3 $@ $@ $@; }; f3() { f $@; run $@ $@; }\n"
+        * 50
+        + "f "
+        + "a " * 5000,
+    ],
+)
+def test_functions_that_call_each_other_end(text: str) -> None:
+    began = time.monotonic()
+    try:
+        read = parse(text)
+        assert any("calls itself" in line for line in read.unread) or "f() { f() {" in text
+    except DocumentError as refused:
+        assert "more than" in str(refused)
+    assert time.monotonic() - began < 5

@@ -1,9 +1,9 @@
 """Reading shell scripts without running them: which commands they start, with which words.
 
-Variables, defaults, quotes, line continuations, arrays, integer arithmetic, ``export`` and simple
-conditions are followed. What only a running shell knows (the output of a command, a sourced file,
-an argument of the script) is listed in ``Script.unread``. Loops are read once, unknown conditions
-as true.
+Variables, defaults, quotes, line continuations, arrays, integer arithmetic, ``export``, functions
+and simple conditions are followed. What only a running shell knows (the output of a command, a
+sourced file, an argument of the script) is listed in ``Script.unread``. Loops are read once,
+unknown conditions as true.
 """
 
 from __future__ import annotations
@@ -11,24 +11,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, TypeVar
 
 from meshwright.errors import DocumentError
+from meshwright.frameworks.shell_functions import Function, function_at
 from meshwright.frameworks.shell_numbers import condition, matches
 from meshwright.frameworks.shell_words import (
     MAX_BYTES,
     NAME,
+    OWN_ARGUMENTS,
+    POSITIONAL,
     Token,
     Variables,
     Word,
     expand,
     expand_one,
+    shifted,
     tokens,
 )
 
 __all__ = ["Command", "Script", "Word", "parse"]
 
 MAX_NESTED: Final = 3
+MAX_CALLS: Final = 8
+CHARACTERS_A_TOKEN: Final = 256
+"""What a token of a function costs of the budget each time that it is called."""
 MOST_UNREAD: Final = 200
 MOST_COMMANDS: Final = 20_000
 MOST_BLOCKS: Final = 200
@@ -71,6 +78,7 @@ def parse(text: str, known: Mapping[str, str] | None = None) -> Script:
     variables = Variables()
     for name, value in {**_slurm_variables(text), **(known or {})}.items():
         variables.scalars[name] = Word(value, 0)
+    variables.arrays[POSITIONAL] = [OWN_ARGUMENTS]
     reader = _Reader(variables)
     reader.read(tokens(text.replace("\x00", "")), 0)
     return Script(
@@ -115,13 +123,24 @@ def _slurm_variables(text: str) -> dict[str, str]:
 
 @dataclass
 class _Frame:
-    """An open ``if``, loop, ``case`` or function; ``reads`` says whether its body counts."""
+    """An open ``if``, loop, ``case`` or brace; ``reads`` says whether its body counts."""
 
     kind: str
     reads: bool
     taken: bool = False
     subject: str | None = None
     wants_pattern: bool = False
+
+
+@dataclass
+class _Call:
+    """A function that is being followed: its name, its environment, what ``local`` hides."""
+
+    name: str
+    env: Mapping[str, str]
+    hidden: dict[str, tuple[Word | None, list[Word] | None]] = field(
+        default_factory=dict[str, tuple[Word | None, list[Word] | None]]
+    )
 
 
 @dataclass
@@ -135,6 +154,8 @@ class _Reader:
     skip_next: bool = False
     nested: int = 0
     wrapper: tuple[Word, ...] = ()
+    functions: dict[str, Function] = field(default_factory=dict[str, Function])
+    calls: list[_Call] = field(default_factory=lambda: list[_Call]())
     _env: Mapping[str, str] | None = None
 
     def read(self, found: list[Token], nested: int) -> None:
@@ -157,12 +178,13 @@ class _Reader:
         frame = self.frames[-1] if self.frames else None
         if frame is not None and frame.wants_pattern and token.text != "esac":
             return self._case_arm(found, at, frame)
+        function = function_at(found, at)
+        if function is not None:
+            if self._reading:
+                self.functions[function.name] = function
+            return function.end
         if token.kind == "word" and token.text in _KEYWORDS:
             return self._keyword(found, at)
-        if _is_function(found, at):
-            self._note(token.line, f"the function {token.text} was not followed")
-            self.frames.append(_Frame("function", False))
-            return at + 4
         return self._command(found, at)
 
     def _separator(self, token: Token) -> None:
@@ -190,20 +212,13 @@ class _Reader:
             return self._for(found, at, outer)
         elif word == "case":
             return self._case(found, at, outer)
-        elif word in ("{", "function"):
-            self._brace(found, at, word)
+        elif word == "{":
+            self.frames.append(_Frame("{", True))
         elif word in ("fi", "done", "esac", "}"):
             self._close(word)
         elif frame is not None and word in ("then", "do", "elif", "else"):
             self._branch(frame, word, line)
-        return at + (2 if word == "function" else 1)
-
-    def _brace(self, found: list[Token], at: int, word: str) -> None:
-        if word == "function":
-            self._note(found[at].line, "a function was not followed")
-            self.frames.append(_Frame("function", False))
-        elif not (self.frames and self.frames[-1].kind == "function"):
-            self.frames.append(_Frame("{", True))
+        return at + 1
 
     def _close(self, word: str) -> None:
         kinds = _CLOSED_BY[word]
@@ -325,6 +340,8 @@ class _Reader:
     def _declare(self, parts: list[Token]) -> None:
         exports = parts[0].text == "export" or any(p.text == "-x" for p in parts)
         for part in parts[1:]:
+            if self.calls and parts[0].text != "export":
+                self._hide(part)
             if self._is_assignment(part):
                 self._assign(part)
             name = NAME.match(part.text)
@@ -332,6 +349,13 @@ class _Reader:
                 self.exported.add(name.group())
                 self._env = None
         self.status = True
+
+    def _hide(self, part: Token) -> None:
+        """Keep what a name stood for before the function that is being followed declared it."""
+        name = NAME.match(part.text)
+        if name is not None:
+            before = self.variables.scalars.get(name[0]), self.variables.arrays.get(name[0])
+            self.calls[-1].hidden.setdefault(name[0], before)
 
     def _assign(self, part: Token) -> None:
         variables = self.variables
@@ -374,14 +398,51 @@ class _Reader:
                 self._env = None
         elif name == "eval":
             self._evaluate(words[1:], line)
+        elif name == "shift" or (name == "set" and [w.text for w in words[1:2]] == ["--"]):
+            self._set_parameters(name, words[1:])
+        elif words[0].text in self.functions:
+            self._call(words, line, prefix)
         else:
             at, text = _given_script(words, body)
             if text and self.nested < MAX_NESTED:
                 self._nest(text, words[:at], line + bool(body))
             else:
-                env = {**self.exported_now(), **prefix} if prefix else self.exported_now()
+                around = {**self._around(), **prefix}
+                env = {**self.exported_now(), **around} if around else self.exported_now()
                 all_words = (*self.wrapper, *words)
                 self.commands.append(Command(words=all_words, line=line, env=env))
+
+    def _set_parameters(self, name: str, words: list[Word]) -> None:
+        parameters = words[1:]
+        if name == "shift":
+            by = words[0].text if words else "1"
+            number = int(by) if by.isdecimal() and len(by) < 6 else 0
+            parameters = shifted(self.variables.arrays[POSITIONAL], number)
+        self.variables.arrays[POSITIONAL] = parameters
+
+    def _call(self, words: list[Word], line: int, prefix: Mapping[str, str]) -> None:
+        """Read the body of a function with the words of the call as its parameters."""
+        function = self.functions[words[0].text]
+        if len(self.calls) >= MAX_CALLS or any(c.name == function.name for c in self.calls):
+            self._note(line, f"the function {function.name} calls itself; not followed")
+            return
+        variables, frames = self.variables, self.frames
+        variables.spend(CHARACTERS_A_TOKEN * len(function.body))
+        outer = variables.arrays[POSITIONAL]
+        call = _Call(function.name, {**self._around(), **prefix})
+        self.frames, variables.arrays[POSITIONAL] = [], words[1:]
+        self.calls.append(call)
+        self.read(function.body, self.nested)
+        self.calls.pop()
+        self.frames, variables.arrays[POSITIONAL] = frames, outer
+        self.skip_next, self._env = False, None
+        for name, (scalar, array) in call.hidden.items():
+            _restore(variables.scalars, name, scalar)
+            _restore(variables.arrays, name, array)
+
+    def _around(self) -> Mapping[str, str]:
+        """Return the environment before the call of the function that is being followed."""
+        return self.calls[-1].env if self.calls else dict[str, str]()
 
     def _evaluate(self, words: list[Word], line: int) -> None:
         """Read the words of ``eval`` as the command line that they spell, when it is known."""
@@ -429,7 +490,6 @@ _KEYWORDS: Final = frozenset(
         "done",
         "case",
         "esac",
-        "function",
         "{",
         "}",
     }
@@ -438,13 +498,17 @@ _CLOSED_BY: Final = {
     "fi": ("if",),
     "done": ("for", "while", "until"),
     "esac": ("case",),
-    "}": ("{", "function"),
+    "}": ("{",),
 }
 
 
-def _is_function(found: list[Token], at: int) -> bool:
-    following = [t.text for t in found[at + 1 : at + 4] if t.text != "\n"]
-    return following[:2] == ["(", ")"] and found[at].kind == "word"
+T = TypeVar("T")
+
+
+def _restore(known: dict[str, T], name: str, before: T | None) -> None:
+    known.pop(name, None)
+    if before is not None:
+        known[name] = before
 
 
 def _given_script(words: list[Word], body: str) -> tuple[int, str]:

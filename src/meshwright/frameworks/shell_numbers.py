@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-_TOKEN = re.compile(r"\s*(\d{1,20}|[A-Za-z_]\w{0,255}|\$\{?[A-Za-z_]\w{0,255}\}?|[-+*/%()])")
+_TOKEN = re.compile(
+    r"\s*(\d{1,20}|[A-Za-z_]\w{0,255}|\$\{?(?:[A-Za-z_]\w{0,255}|\d{1,4})\}?|[-+*/%()])"
+)
 _MAX_CHARACTERS = 2000
 _MAX_DEPTH = 30
 

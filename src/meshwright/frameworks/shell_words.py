@@ -21,8 +21,10 @@ MAX_DEPTH = 20
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,255})(\+?)=")
 _PARAMETER = re.compile(
-    r"([A-Za-z_][A-Za-z0-9_]{0,255}|[0-9@*#?$!-])(\[[^]]{0,64}\])?(:?[-=+?]|)(.*)", re.DOTALL
+    r"([A-Za-z_][A-Za-z0-9_]{0,255}|[0-9]{1,4}|[@*#?$!-])(\[[^]]{0,64}\])?(:?[-=+?]|)(.*)",
+    re.DOTALL,
 )
+_SLICE = re.compile(r":\s?(\d{1,5})(?::(\d{1,5}))?")
 _OPERATORS = ("&&", "||", ";;", "<<<", "<<", ">>", "&>", ">&", "<&")
 _STOPS = " \t\r\n;&|()<>"
 
@@ -49,6 +51,24 @@ class Word:
     line: int
     variables: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+
+
+POSITIONAL = "@"
+"""The array under which ``Variables`` keeps ``$1 $2 ...``."""
+OWN_ARGUMENTS = Word("$@", 0, (), ("$@",))
+"""The arguments of the script itself: any number of words that only a running shell knows."""
+
+
+def any_number(words: list[Word]) -> bool:
+    """Say whether one of the words stands for arguments of the script, so for any number."""
+    return any("$@" in word.unknown for word in words)
+
+
+def shifted(parameters: list[Word], by: int) -> list[Word]:
+    """Return the parameters after ``shift``: unknown ones are never used up."""
+    while by > 0 and parameters and not any_number([parameters[0]]):
+        parameters, by = parameters[1:], by - 1
+    return parameters
 
 
 def tokens(text: str, line: int = 1) -> list[Token]:
@@ -204,10 +224,19 @@ class Variables:
 
     def __getitem__(self, name: str) -> Word | None:
         """Return a variable's value, the first element of an array, or None when it is not set."""
+        if name[:1].isdecimal():
+            return self._positional(int(name))
         if name in self.arrays:
             items = self.arrays[name]
             return items[0] if items else None
         return self.scalars.get(name)
+
+    def _positional(self, number: int) -> Word | None:
+        """Return ``$1``, ``$2``...: empty behind the last, None where it is the script's own."""
+        items = self.arrays.get(POSITIONAL, [OWN_ARGUMENTS])
+        if number == 0 or any_number(items[:number]):
+            return None
+        return items[number - 1] if number <= len(items) else Word("", 0)
 
     def integers(self) -> Mapping[str, str]:
         """Return the variables as text, for arithmetic."""
@@ -309,10 +338,21 @@ class _Expansion:
             self._value(name.group(), raw[at : name.end()], quoted)
             return name.end()
         if raw[at + 1 : at + 2] and raw[at + 1] in "0123456789@*#?$!-":
-            self._leave(raw[at : at + 2], f"${raw[at + 1]}")
+            self._special(raw[at + 1], raw[at : at + 2], quoted)
             return at + 2
         self._put("$")
         return at + 1
+
+    def _special(self, name: str, written: str, quoted: bool) -> None:
+        """Put a positional parameter, all of them, or their number, where a function has them."""
+        if name in "@*":
+            self._array(name, written, quoted, joined=quoted and name == "*")
+        elif name == "#":
+            self._length("@", written)
+        elif name.isdecimal():
+            self._value(name, written, quoted)
+        else:
+            self._leave(written, written)
 
     def _bracketed(self, at: int, quoted: bool) -> int:
         raw = self.raw
@@ -338,7 +378,7 @@ class _Expansion:
 
     def _value(self, name: str, written: str, quoted: bool) -> None:
         word = self.known[name]
-        self.variables[name] = None
+        self.variables[f"${name}" if name.isdecimal() else name] = None
         if word is None:
             self._leave(written, f"${name}")
         else:
@@ -373,8 +413,9 @@ class _Expansion:
             self._leave(written, written[:80])
             return
         name, index, operator, rest = match.groups()
-        if index in ("[@]", "[*]") and not operator and not rest:
-            self._array(name, written, quoted, joined=quoted and index == "[*]")
+        part = _SLICE.fullmatch(rest) if not operator else None
+        if (index in ("[@]", "[*]") or name in "@*") and not operator and (part or not rest):
+            self._array(name, written, quoted, quoted and "*" in (name, (index or "")[1:2]), part)
         elif rest and not operator:
             self._leave(written, written[:80])
         else:
@@ -382,39 +423,51 @@ class _Expansion:
 
     def _length(self, inner: str, written: str) -> None:
         name = inner.removesuffix("[@]").removesuffix("[*]")
-        if name in self.known.arrays:
-            self._put(str(len(self.known.arrays[name])))
+        items = self.known.arrays.get(POSITIONAL if name in "@*" else name)
+        if items is not None and not any_number(items):
+            self._put(str(len(items)))
         else:
             self._leave(written, written[:80])
 
-    def _array(self, name: str, written: str, quoted: bool, joined: bool) -> None:
-        items = self.known.arrays.get(name)
+    def _array(
+        self,
+        name: str,
+        written: str,
+        quoted: bool,
+        joined: bool,
+        part: re.Match[str] | None = None,
+    ) -> None:
+        items = self.known.arrays.get(POSITIONAL if name == "*" else name)
         if items is None:
             if self.known[name] is None:
                 self._leave(written, f"${name}")
             else:
                 self._value(name, written, quoted=True)
             return
-        self.vanishes = quoted and not items and not self.parts
+        if part is not None:
+            items = _slice_of(items, int(part[1]) - (name in "@*"), part[2])
+        self.vanishes = quoted and not (items or joined or self.parts)
         for number, item in enumerate(items):
             if number and joined:
                 self._put(" ")
             elif number:
                 self._end_word()
-            self.variables[name] = None
-            self.line = self.line if joined else item.line
+            if name not in "@*":
+                self.variables[name] = None
+            self.line = self.line if joined or not item.line else item.line
             self._insert(item, quoted)
 
     def _with_default(
         self, name: str, index: str | None, operator: str, rest: str, written: str, quoted: bool
     ) -> None:
-        word = self.known[name] if NAME.fullmatch(name) else None
+        numbered = name.isdecimal()
+        word = self.known[name] if numbered or NAME.fullmatch(name) else None
         if index and name in self.known.arrays:
             at = int(index[1:-1]) if index[1:-1].isdecimal() and len(index) < 8 else -1
             items = self.known.arrays[name]
             word = items[at] if 0 <= at < len(items) else None
-        is_set = word is not None and (bool(word.text) or ":" not in operator)
-        self.variables[name] = None
+        is_set = word is not None and (bool(word.text) or not (numbered or ":" in operator))
+        self.variables[f"${name}" if numbered else name] = None
         use_rest = operator.endswith("+") == is_set and operator[-1:] in ("-", "=", "+")
         if use_rest and self.depth < MAX_DEPTH:
             value = expand_one(rest, self.line, self.known, self.depth + 1)
@@ -427,6 +480,11 @@ class _Expansion:
             self._insert(word, quoted)
         else:
             self._leave(written, f"${name}")
+
+
+def _slice_of(items: list[Word], start: int, length: str | None) -> list[Word]:
+    items = shifted(items, start)
+    return items if length is None or any_number(items) else items[: int(length)]
 
 
 def _end_of_bracket(raw: str, at: int) -> int:
