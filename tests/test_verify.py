@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from meshwright.errors import LaunchError, LayoutError, MeshwrightError
 from meshwright.parallel.layout import Pipeline, layout
+from meshwright.runtime.data_parallel import DataParallel
 from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.flat_buffer import FlatBuffer
 from meshwright.runtime.groups import Group
 from meshwright.runtime.launch import run_ranks
 from meshwright.runtime.optimizer import OptimizerSettings
+from meshwright.runtime.parameters import Box
 from meshwright.runtime.tensor_parallel import vocab_parallel_cross_entropy
-from meshwright.verify.numerics import prepare, verify
+from meshwright.verify.numerics import NEGLIGIBLE, WHOLE_NORM, Part, compare, prepare, verify
 from meshwright.verify.structures import STRUCTURES
 
 
@@ -50,6 +55,69 @@ def test_weights_that_were_not_published_are_found(monkeypatch: pytest.MonkeyPat
     report = verify("dp=2 zero=optim", timeout_s=60.0)
     assert not report.ok
     assert report.max_param_diff > 1e-6
+
+
+@pytest.mark.parity
+def test_a_norm_in_which_copies_count_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    # AdamW's steps are the same when all gradients are scaled alike: parameters do not tell.
+    true_norm = DataParallel.grad_norm
+
+    def wrong(self: DataParallel) -> float:
+        return true_norm(self) * (1.001 if self.context.layout.tp > 1 else 1.0)
+
+    monkeypatch.setattr(DataParallel, "grad_norm", wrong)
+    report = verify("tp=2", timeout_s=60.0)
+    assert not report.ok
+    assert report.worst == WHOLE_NORM
+    assert report.max_grad_diff == pytest.approx(1e-3, rel=0.01)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("which", ["of a prediction depth", "of the routers"])
+def test_a_wrong_loss_beside_the_main_one_is_found(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_loss = Engine.forward_backward
+
+    def wrong(self: Engine, rows: Tensor, mask: Tensor | None = None) -> tuple[list[float], float]:
+        (main, depth), routers = true_loss(self, rows, mask)
+        factor = self.layout.tp
+        if which == "of the routers":
+            return [main, depth], routers * factor
+        return [main, depth * factor], routers
+
+    monkeypatch.setattr(Engine, "forward_backward", wrong)
+    report = verify("tp=2", STRUCTURES["deepseek_v3"], timeout_s=60.0)
+    assert not report.ok
+    assert report.max_loss_diff == pytest.approx(1.0, rel=1e-3)
+    assert report.losses == pytest.approx(report.reference_losses, rel=1e-5)
+
+
+def _differences(values: list[float], reference: list[float]) -> dict[str, float]:
+    """Compare parameters of one element each."""
+    parts = [
+        [
+            Part(
+                box=Box(name=str(number), shape=(1,), offsets=(0,)),
+                local_shape=(1,),
+                begin=0,
+                values=np.array([value]),
+            )
+            for number, value in enumerate(given)
+        ]
+        for given in (values, reference)
+    ]
+    return compare(parts[1], [parts[0]], NEGLIGIBLE)
+
+
+def test_what_is_not_a_number_is_different() -> None:
+    assert _differences([math.nan, 1.0], [1.0, 1.0]) == {"0": math.inf, "1": 0.0}
+    assert _differences([1.0], [math.nan]) == {"0": math.inf}
+
+
+def test_a_gradient_where_there_should_be_none_is_different() -> None:
+    assert _differences([0.5, 1.0], [0.0, 1.0]) == {"0": 0.5, "1": 0.0}
+    assert _differences([1e-8, 1.0], [0.0, 1.0])["0"] <= 1e-8
 
 
 @pytest.mark.parity

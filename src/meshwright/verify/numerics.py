@@ -40,14 +40,17 @@ TOLERANCE: Mapping[str, tuple[float, float, float]] = {
 }
 """Largest relative difference of losses, gradients and parameters."""
 NEGLIGIBLE = 1e-6
-"""Gradients below this part of the whole gradient's norm are rounding noise and not compared."""
+"""Gradients below this part of the whole gradient's norm are rounding noise: compared to it."""
+WHOLE_NORM = "norm of the whole gradient"
+"""Compared too, since AdamW's steps hardly change when every gradient is scaled alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
     """What ``verify`` found; differences are relative, ``worst`` is the parameter with the largest.
 
-    Losses to the reference loss, gradients and parameters to their own norm.
+    Losses (those of prediction depths and routers too) to the reference loss, gradients (and the
+    norm that they are clipped by) and parameters to their own norm.
     """
 
     layout: Layout[int]
@@ -81,7 +84,7 @@ class VerifyReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
+class Part:
     """Elements begin..end, laid flat, of the local tensor that ``box`` describes."""
 
     box: Box
@@ -92,9 +95,12 @@ class _Part:
 
 @dataclass(frozen=True, kw_only=True)
 class _RankResult:
-    losses: list[float]
-    grads: list[list[_Part]]
-    params: list[_Part]
+    """Per step the losses (main, prediction depths, routers), gradients and their norm."""
+
+    losses: list[list[float]]
+    norms: list[float]
+    grads: list[list[Part]]
+    params: list[Part]
 
 
 def verify(
@@ -165,15 +171,16 @@ def _run_rank(
     )
     engine = Engine(case.shape, x, settings, rank=rank)
     generator = torch.Generator().manual_seed(settings.seed)
-    losses: list[float] = []
-    grads: list[list[_Part]] = []
+    losses: list[list[float]] = []
+    norms: list[float] = []
+    grads: list[list[Part]] = []
     for _ in range(STEPS):
         size = (case.gbs, case.seq_len + 1)
         batch = torch.randint(0, case.shape.vocab_size, size, generator=generator)
-        found, _ = engine.forward_backward(engine.own_rows(batch))
+        found, of_routers = engine.forward_backward(engine.own_rows(batch))
         grads.append(
             [
-                _Part(
+                Part(
                     box=piece.parameter.box,
                     local_shape=tuple(piece.parameter.shape),
                     begin=piece.begin,
@@ -182,21 +189,24 @@ def _run_rank(
                 for piece in engine.dp.pieces()
             ]
         )
-        engine.update(settings.optimizer.lr)
-        losses.append(found[0])
-    return _RankResult(losses=losses, grads=grads, params=_parameters(engine.dp.buffers))
+        norm, _ = engine.update(settings.optimizer.lr)
+        losses.append([*found, of_routers])
+        norms.append(norm)
+    return _RankResult(
+        losses=losses, norms=norms, grads=grads, params=_parameters(engine.dp.buffers)
+    )
 
 
 def _one_process(x: Layout[int]) -> Layout[int]:
     return layout(tp=1, mbs=x.mbs, zero=Zero.no_shard)
 
 
-def _parameters(buffers: list[FlatBuffer]) -> list[_Part]:
-    parts: list[_Part] = []
+def _parameters(buffers: list[FlatBuffer]) -> list[Part]:
+    parts: list[Part] = []
     for buffer in buffers:
         buffer.gather()
         parts += [
-            _Part(
+            Part(
                 box=member.box,
                 local_shape=tuple(member.shape),
                 begin=0,
@@ -212,6 +222,14 @@ def _array(x: Tensor) -> Floats:
     return x.detach().to(torch.float64, copy=True).numpy()
 
 
+def _relative(found: float, expected: float) -> float:
+    """Return the difference relative to what is expected; infinite if that means nothing."""
+    if found == expected and math.isfinite(expected):
+        return 0.0
+    difference = abs(found - expected) / abs(expected) if expected else math.inf
+    return difference if math.isfinite(difference) else math.inf
+
+
 @dataclass
 class _Differences:
     """Per parameter: squared norm of the reference and of the difference, and what was covered."""
@@ -224,7 +242,7 @@ class _Differences:
         default_factory=lambda: dict[str, NDArray[np.bool_]]()
     )
 
-    def add(self, part: _Part) -> None:
+    def add(self, part: Part) -> None:
         """Compare a part of a rank; of equal parts on several ranks the worst counts."""
         box = part.box
         whole = self.reference[box.name]
@@ -234,6 +252,9 @@ class _Differences:
         expected[inside] = whole[here]
         end = part.begin + part.values.size
         difference = float(np.square(part.values - expected.ravel()[part.begin : end]).sum())
+        if not math.isfinite(difference):
+            # Against NaN no comparison holds: it would not count as the worst.
+            difference = math.inf
         key = (box.offsets, part.begin)
         squares = self.squares.setdefault(box.name, {})
         squares[key] = max(squares.get(key, 0.0), difference)
@@ -242,20 +263,25 @@ class _Differences:
         covered[here] |= seen[inside]
 
     def relative(self, negligible: float = 0.0) -> dict[str, float]:
-        """Return each parameter's difference relative to its norm; not covered is infinite."""
+        """Return each parameter's difference relative to its norm; not covered is infinite.
+
+        Where the norm is at most ``negligible`` of the norm of all, relative to the latter.
+        """
         norms = {name: float(np.linalg.norm(whole)) for name, whole in self.reference.items()}
         total = math.sqrt(sum(norm**2 for norm in norms.values()))
         found: dict[str, float] = {}
         for name, norm in norms.items():
             if name not in self.covered or not self.covered[name].all():
                 found[name] = math.inf
-            elif norm > negligible * total:
-                difference = math.sqrt(sum(self.squares[name].values())) / norm
-                found[name] = difference if math.isfinite(difference) else math.inf
+                continue
+            difference = math.sqrt(sum(self.squares[name].values()))
+            scale = norm if norm > negligible * total else total
+            ratio = difference / scale if scale else difference and math.inf
+            found[name] = ratio if math.isfinite(ratio) else math.inf
         return found
 
 
-def _whole(parts: list[_Part]) -> dict[str, Floats]:
+def _whole(parts: list[Part]) -> dict[str, Floats]:
     """Put the parts of a one-process run together, without padding rows."""
     found: dict[str, Floats] = {}
     for part in parts:
@@ -265,14 +291,34 @@ def _whole(parts: list[_Part]) -> dict[str, Floats]:
     return found
 
 
-def _compare(
-    reference: list[_Part], ranks: list[list[_Part]], negligible: float
-) -> dict[str, float]:
+def compare(reference: list[Part], ranks: list[list[Part]], negligible: float) -> dict[str, float]:
+    """Return how far the ranks' parts of each parameter are from the reference's, relatively."""
     differences = _Differences(_whole(reference))
     for parts in ranks:
         for part in parts:
             differences.add(part)
     return differences.relative(negligible)
+
+
+def _loss_difference(ranks: list[_RankResult], reference: _RankResult) -> float:
+    return max(
+        _relative(found, expected)
+        for rank in ranks
+        for step, steps in zip(rank.losses, reference.losses, strict=True)
+        for found, expected in zip(step, steps, strict=True)
+    )
+
+
+def _gradient_differences(ranks: list[_RankResult], reference: _RankResult) -> dict[str, float]:
+    """Return the largest difference of every gradient, and of their norm, over the steps."""
+    grads: dict[str, float] = {}
+    for step in range(STEPS):
+        found = compare(reference.grads[step], [rank.grads[step] for rank in ranks], NEGLIGIBLE)
+        expected = reference.norms[step]
+        found[WHOLE_NORM] = max(_relative(rank.norms[step], expected) for rank in ranks)
+        for name, difference in found.items():
+            grads[name] = max(grads.get(name, 0.0), difference)
+    return grads
 
 
 def _report(
@@ -283,35 +329,26 @@ def _report(
     reference: _RankResult,
     start_s: float,
 ) -> VerifyReport:
-    losses = [max(rank.losses[i] for rank in ranks) for i in range(STEPS)]
-    loss_diff = max(
-        abs(rank.losses[i] - reference.losses[i]) / abs(reference.losses[i])
-        for rank in ranks
-        for i in range(STEPS)
-    )
-    grads: dict[str, float] = {}
-    for step in range(STEPS):
-        found = _compare(reference.grads[step], [rank.grads[step] for rank in ranks], NEGLIGIBLE)
-        for name, difference in found.items():
-            grads[name] = max(grads.get(name, 0.0), difference)
-    params = _compare(reference.params, [rank.params for rank in ranks], 0.0)
-    worst = max(grads, key=lambda name: grads[name])
-    found = (loss_diff, grads[worst], max(params.values()))
-    within = all(
-        math.isfinite(value) and value <= limit
-        for value, limit in zip(found, TOLERANCE[dtype], strict=True)
+    loss_diff = _loss_difference(ranks, reference)
+    grads = _gradient_differences(ranks, reference)
+    params = compare(reference.params, [rank.params for rank in ranks], 0.0)
+    worst_grad = max(grads, key=lambda name: grads[name])
+    worst_param = max(params, key=lambda name: params[name])
+    found = (loss_diff, grads[worst_grad], params[worst_param])
+    loss_ok, grads_ok, params_ok = (
+        value <= limit for value, limit in zip(found, TOLERANCE[dtype], strict=True)
     )
     return VerifyReport(
         layout=x,
         shape=case.shape,
         ranks=x.world_size,
-        ok=within and all(map(math.isfinite, losses)),
+        ok=loss_ok and grads_ok and params_ok,
         dtype=dtype,
-        losses=losses,
-        reference_losses=reference.losses,
+        losses=[max(rank.losses[i][0] for rank in ranks) for i in range(STEPS)],
+        reference_losses=[losses[0] for losses in reference.losses],
         max_loss_diff=found[0],
         max_grad_diff=found[1],
         max_param_diff=found[2],
-        worst=worst,
+        worst=worst_param if grads_ok and not params_ok else worst_grad,
         seconds=time.monotonic() - start_s,
     )
