@@ -45,6 +45,21 @@ def test_no_part_of_an_explanation_runs_into_another(term: str) -> None:
             assert "Raises" not in part
 
 
+@pytest.mark.parametrize("term", list(TERMS))
+def test_every_formula_is_spelled_and_no_source_points_back_at_the_code(term: str) -> None:
+    for one in explain_term(term):
+        assert one.formula
+        assert "docstring" not in one.source
+        assert ".;" not in one.source
+        assert not one.left_out.startswith("as ")
+
+
+def test_communication_that_is_hidden_says_how_much() -> None:
+    hidden = explain_term("tp_comm_s")[0].formula
+    assert "overlap_tp_comm" in hidden
+    assert "1 - hidden fraction" in hidden
+
+
 def test_an_unknown_term_names_the_nearest() -> None:
     with pytest.raises(MeshwrightError, match="tp_comm_s"):
         explain_term("tp_com_s")

@@ -430,7 +430,10 @@ def _unfused_attention(op: Op, heads: Floats, p: Pricing) -> tuple[Floats, Float
 def comm_seconds(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[int, Floats, Floats]:
     """Return (kind of work, exposed seconds forward, exposed seconds backward) of a communication.
 
-    ``beside_s`` [D] is the op's own forward time, which a ring can hide behind.
+    Tensor and expert parallelism: seconds * (1 - hidden fraction), with ``overlap_tp_comm`` (only
+    under sequence parallelism) or ``overlap_ep_comm``; all of them without the switch. Context
+    parallelism hides behind ``beside_s`` [D], the op's own forward time.
+    Ref: the hidden fractions are fitted. Left out: how long the compute beside it is.
     """
     if comm.kind in ("enter_tp", "exit_tp", "exit_vocab"):
         fwd, bwd = tensor_parallel_s(comm, p)
@@ -449,6 +452,9 @@ def comm_seconds(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[int, Floats,
 def tensor_parallel_s(comm: Comm, p: Pricing) -> tuple[Floats, Floats]:
     """Seconds (forward, backward) of entering or leaving a tensor-parallel region, nothing hidden.
 
+    With sequence parallelism, of elements * tokens * activation bytes: entering is an all-gather
+    forward, a reduce-scatter and a second all-gather backward; leaving is a reduce-scatter forward,
+    an all-gather backward. Without it: an all-reduce backward on entering, forward on leaving.
     Ref: Korthikanti et al., arXiv:2205.05198, section 4.2; Megatron-LM, ``tensor_parallel``.
     """
     s = p.slice
@@ -466,7 +472,12 @@ def tensor_parallel_s(comm: Comm, p: Pricing) -> tuple[Floats, Floats]:
 
 
 def expert_parallel_s(comm: Comm, p: Pricing) -> Floats:
-    """Seconds of one dispatch or combine, by dispatcher. Ref: ``comm.dispatch_s``; Megatron-LM."""
+    """Seconds of one dispatch or combine, by dispatcher.
+
+    ``alltoall``: an all-to-all over ep of the routed tokens / etp, and an all-gather of them over
+    etp; ``allgather``: an all-gather over ep of all tokens; ``deepep``, ``hybridep``:
+    ``comm.dispatch_s``. Ref: Megatron-LM, transformer.moe.token_dispatcher.
+    """
     s = p.slice
     width = p.job.precision.act_bytes
     local = comm.elements * s.routed_tokens / s.etp * width
@@ -484,6 +495,9 @@ def expert_parallel_s(comm: Comm, p: Pricing) -> Floats:
 def context_parallel_s(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[Floats, Floats]:
     """Exposed seconds (forward, backward) of passing keys and values, heads or states around.
 
+    Ring: (cp - 1) steps, twice the seconds backward, less the hidden fraction of the attention
+    beside it. All-gather: once forward, twice backward; all-to-all of heads: once each way; a
+    state: one step each way. With ``a2a+p2p`` the ring joins the groups of the all-to-all.
     Ref: Liu et al., arXiv:2310.01889 (ring); Jacobs et al., arXiv:2309.14509 (heads).
     """
     s = p.slice

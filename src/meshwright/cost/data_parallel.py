@@ -117,6 +117,8 @@ def _line(size: Ints, stride: Ints, domain: int, net: Network) -> Line:
 def gather_and_reduce_s(dense_bytes: Floats, expert_bytes: Floats, dp: DataParallel) -> Floats:
     """Seconds to gather, or to reduce-scatter, the bytes of one rank's slice in its shard group.
 
+    Dense bytes over dp*cp / dp_replicate ranks, then expert bytes over theirs, each as
+    ``comm.all_gather_s``: seconds to start + bytes * seconds per byte of the slower level.
     Ref: Rajbhandari et al., arXiv:1910.02054, section 7. Left out: the wait of the first bucket.
     """
     return dp.dense.at(dense_bytes) + dp.expert.at(expert_bytes)
@@ -125,6 +127,7 @@ def gather_and_reduce_s(dense_bytes: Floats, expert_bytes: Floats, dp: DataParal
 def across_replicas_s(dense_bytes: Floats, expert_bytes: Floats, dp: DataParallel) -> Floats:
     """Seconds to all-reduce, once a step, the scattered part across the copies of hybrid sharding.
 
+    2 * (reduce-scatter or all-gather of bytes / shards over dp_replicate), dense and expert.
     Ref: Zhao et al., arXiv:2304.11277, section 3.2.2. Left out: its overlap with other buckets.
     """
     return 2.0 * (

@@ -94,7 +94,7 @@ TERMS: dict[str, Term] = {
     ),
     "pp_comm_s": Term(
         "What messages between stages add to the simulated schedule.",
-        (comm.point_to_point_s, step.simulate_group),
+        (comm.point_to_point_s, step.simulate_group, pipeline.simulate),
     ),
     "bubble_s": Term(
         "Time in which the slowest rank waits for the pipeline.",
@@ -151,7 +151,7 @@ def _read(formula: Formula) -> Explanation:
     what, ref, source = first.partition("Ref:")
     body, source, left_out = _split(" ".join((ref + source + " " + rest).split()))
     if source.startswith("as the module"):
-        source = _of_module(formula) + source.removeprefix("as the module").rstrip(".")
+        source = _of_module(formula).rstrip(".") + source.removeprefix("as the module")
     parts = (what.strip(), body, source, left_out)
     what, body, source, left_out = (_plain(part) for part in parts)
     return Explanation(what=what, formula=body, source=source, left_out=left_out)

@@ -339,7 +339,9 @@ def memory_of_candidates(
     first one, everything held and what the head needs, or the layers when the head is through;
     ``optimizer``, the state and what its update copies. activations = held micro-batches * kept;
     buffers = what is alive beside them, layers that are run again included, messages, workspaces
-    and gathered ZeRO-3 weights. Ref: the docstrings of ``cost.memory``.
+    and gathered ZeRO-3 weights. Ref: Rajbhandari et al., arXiv:1910.02054, section 3 (shards);
+    Narayanan et al., arXiv:2104.04473, section 2.2 (held micro-batches); Korthikanti et al.,
+    arXiv:2205.05198, section 4 (kept). Left out: fragmentation beyond the fitted share.
     """
     s, p, at, rows = g.stages, t.priced, g.slices, g.rows
     dense, expert = p.dense_params[at], p.expert_params[at]
@@ -444,9 +446,9 @@ def stage_seconds(t: Table, g: Group) -> tuple[Floats, Floats, Floats]:
 def simulate_group(t: Table, g: Group, message_s: Floats) -> Simulation:
     """Simulate the schedule of a group for its rows; ``message_s`` [n] delays each message.
 
-    start of an action = max(end of the one before it on its rank, end of what it needs + message);
-    the bubble is what the slowest rank waits. Ref: Narayanan et al., arXiv:2104.04473, section 2.2;
-    Qi et al., arXiv:2401.10241. Left out: as ``parallel.pipeline.simulate``.
+    A stage takes the sum of the seconds of its blocks; ``parallel.pipeline.simulate`` starts each
+    action as soon as it can; the bubble is what the slowest rank waits.
+    Ref: Narayanan et al., arXiv:2104.04473, section 2.2; Qi et al., arXiv:2401.10241.
     """
     key = g.key
     forward, backward, weight = stage_seconds(t, g)
