@@ -1,16 +1,21 @@
 """Clusters and GPUs: what is read out of names, files and a few words."""
 
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright import units
+from meshwright.describe import gpu as gpus
 from meshwright.describe.cluster import (
     build_cluster,
     known_gpus,
@@ -497,3 +502,46 @@ def test_nodes_and_domains_always_cover_the_gpus(name: str, num_gpus: int) -> No
     assert 1 <= cluster.nvlink_domain <= num_gpus
     assert cluster.intra_node.bytes_per_s > 0 < cluster.inter_node.bytes_per_s
     assert (cluster.nvlink_domain > 1) == (cluster.intra_node.name == cluster.gpu.peer != "")
+
+
+@pytest.fixture
+def own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file of a GPU that a user adds beside the known ones."""
+    shutil.copytree(str(HARDWARE), tmp_path / "hardware")
+    folder = tmp_path / "hardware" / "gpus"
+    monkeypatch.setattr(gpus, "HARDWARE", tmp_path / "hardware")
+    caches: tuple[Any, ...] = (gpus.stems, gpus.read_hardware, gpus._families, gpus._read)
+    for cached in caches:
+        cached.cache_clear()
+    text = (folder / "h100-sxm-80gb.toml").read_text()
+    own = folder / "x900-sxm-80gb.toml"
+    own.write_text(text.replace("H100-SXM-80GB", "X900-SXM-80GB"))
+    yield own
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_a_gpu_is_added_by_a_file_of_its_own(own_gpu: Path) -> None:
+    assert load_gpu("x900").name == "X900-SXM-80GB"
+
+
+@pytest.mark.parametrize("key", ["name", "sold_as_gb", "hbm_bytes", "system", "peak_flops_per_s"])
+def test_a_gpu_file_that_leaves_a_key_out_is_told_which(own_gpu: Path, key: str) -> None:
+    text = own_gpu.read_text()
+    own_gpu.write_text(re.sub(rf"(?m)^{key} = .*\n", "", text, count=1))
+    with pytest.raises(ClusterError, match=f"gpus.x900-sxm-80gb.{key} .*needed"):
+        load_gpu("x900")
+    with pytest.raises(ClusterError, match="needed"):
+        known_gpus()
+
+
+def test_a_gpu_file_says_where_its_numbers_come_from(own_gpu: Path) -> None:
+    own_gpu.write_text(re.sub(r"(?m)^default = .*\n", "", own_gpu.read_text()))
+    with pytest.raises(ClusterError, match=r"gpus.x900-sxm-80gb.source.default"):
+        load_cluster("8xX900")
+
+
+def test_a_key_of_a_gpu_file_that_is_not_known_names_the_nearest(own_gpu: Path) -> None:
+    own_gpu.write_text("hbm_byte = 1\n" + own_gpu.read_text())
+    with pytest.raises(ClusterError, match="hbm_bytes"):
+        load_gpu("x900")

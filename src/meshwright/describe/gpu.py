@@ -11,7 +11,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Final, TypeGuard
@@ -67,6 +67,15 @@ class Gpu:
     sources: Mapping[str, str] = field(hash=False)
     fitted: Mapping[str, float] = field(hash=False, default_factory=dict[str, float])
     assumed: tuple[str, ...] = ()
+
+
+_OPTIONAL: Final = {"peer", "peer_bytes_per_s", "fitted", "default_of_family"}
+_NEEDED: Final = {f.name for f in fields(Gpu)} - {"sources", "assumed"} - _OPTIONAL | {
+    "sold_as_gb",
+    "source",
+}
+"""Keys of a GPU's file: the fields of ``Gpu``, how much memory it is sold with, and sources."""
+_EXAMPLE: Final = "Write it as in hardware/gpus/h100-sxm-80gb.toml."
 
 
 @dataclass(frozen=True)
@@ -160,8 +169,22 @@ def read_hardware(path: str) -> Mapping[str, Any]:
     return tomllib.loads((HARDWARE / f"{path}.toml").read_text(encoding="utf-8"))
 
 
+@cache
 def _read(stem: str) -> Mapping[str, Any]:
-    return read_hardware(f"gpus/{stem}")
+    """Return what the file of a GPU says.
+
+    Raises ``ClusterError`` for a key that is missing, unknown, or without a source.
+    """
+    facts = read_hardware(f"gpus/{stem}")
+    for key in sorted(_NEEDED - facts.keys()):
+        raise ClusterError(f"gpus.{stem}.{key}", None, "This key is needed.", _EXAMPLE)
+    for key in sorted(facts.keys() - _NEEDED - _OPTIONAL):
+        remedy = did_you_mean(key, _NEEDED | _OPTIONAL)
+        raise ClusterError(f"gpus.{stem}.{key}", facts[key], "There is no such key.", remedy)
+    if "default" not in facts["source"]:
+        rule = "This key is needed: where the numbers come from that state no source of their own."
+        raise ClusterError(f"gpus.{stem}.source.default", None, rule, _EXAMPLE)
+    return facts
 
 
 def _build(stem: str) -> Gpu:
@@ -178,9 +201,9 @@ def _build(stem: str) -> Gpu:
     }
     for key in ("hbm_bytes", "advertised_hbm_bytes", "l2_bytes"):
         numbers[key] = round(numbers[key])
-    fields: dict[str, Any] = {"peer": "", "peer_bytes_per_s": 0.0, **facts, **numbers}
+    stated: dict[str, Any] = {"peer": "", "peer_bytes_per_s": 0.0, **facts, **numbers}
     return Gpu(
-        **fields,
+        **stated,
         peak_flops_per_s={
             dtype: units.parse(value, "flops_per_s", f"gpus.{stem}.peak_flops_per_s.{dtype}")
             for dtype, value in peaks.items()
