@@ -468,3 +468,109 @@ def test_a_batch_that_does_not_divide_is_told_once() -> None:
     words += ["trainer.train_batch_size=128", "trainer.policy_mini_batch_size=48"]
     found = [f.id for f in read_launch(words).findings if f.severity == "error"]
     assert found == ["SKY-RL-train_mini_div"]
+
+
+INTERPOLATED = """
+trainer: {nnodes: 2, n_gpus_per_node: '${oc.env:GPUS,8}'}
+sizes: {tp: 4, loop: '${sizes.loop}', far: '${sizes.loop}'}
+data: {train_batch_size: 64, max_prompt_length: '${oc.decode:${oc.env:PROMPT,512}}'}
+actor_rollout_ref:
+  model: {path: '${oc.env:HOME}/models/Qwen3-8B'}
+  actor:
+    strategy: megatron
+    ppo_mini_batch_size: '${data.train_batch_size}'
+    ppo_micro_batch_size_per_gpu: '${oc.env:MICRO}'
+    megatron:
+      tensor_model_parallel_size: ${sizes.tp}
+      pipeline_model_parallel_size: ${oc.env:PP,2}
+      context_parallel_size: ${sizes.far}
+      expert_model_parallel_size: ${eval:'__import__("os").system("true")'}
+"""
+
+
+def test_interpolations_are_followed_and_what_they_hide_is_listed() -> None:
+    launch = read_document(INTERPOLATED, "ppo.yaml", framework="verl")
+    assert launch.gpus == 16
+    assert launch.words["tensor_model_parallel_size"] == 4
+    assert launch.words["pipeline_model_parallel_size"] == 2
+    assert launch.words["global_batch_size"] == 64
+    assert "${oc.env:PP,2}" in launch.settings["pipeline_model_parallel_size"].origin
+    model = launch.model()
+    assert model is not None
+    assert model.name == "qwen3-8b"
+    for lost in ("context_parallel_size", "expert_model_parallel_size", "ppo_micro_batch_size"):
+        assert any(lost in line and "is not known" in line for line in launch.unread)
+        assert launch.words.get(lost) is None
+
+
+def test_an_interpolation_of_the_environment_takes_what_the_script_exports() -> None:
+    script = (
+        "export TP=4\ntorchrun --nproc_per_node 8 run_recipe.py --recipe llama3_8b_pretrain_config"
+        " 'model.tensor_model_parallel_size=${oc.env:TP,2}'\n"
+    )
+    assert read_document(script, "run.sh").words["tensor_model_parallel_size"] == 4
+    script = script.replace("export TP=4\n", "")
+    assert read_document(script, "run.sh").words["tensor_model_parallel_size"] == 2
+
+
+@pytest.mark.parametrize("value", ["[2]", "two", "2.5", "true", "{a: 1}", "${a}"])
+@pytest.mark.parametrize("framework", ["megatron-bridge", "nemo", "skyrl", "verl"])
+def test_a_degree_that_is_no_whole_number_is_never_silent(framework: str, value: str) -> None:
+    path = {
+        "megatron-bridge": "model.pipeline_model_parallel_size",
+        "nemo": "trainer.strategy.pipeline_model_parallel_size",
+        "skyrl": "trainer.policy.megatron_config.pipeline_model_parallel_size",
+        "verl": "actor_rollout_ref.actor.megatron.pipeline_model_parallel_size",
+    }[framework]
+    result = check([f"{path}={value}"], framework=framework, gpus=8)
+    told = [f.message for f in result.findings if f.severity == "error"] + list(result.unread)
+    assert any("pipeline_model_parallel_size" in line for line in told)
+
+
+def test_a_model_is_known_by_its_name_wherever_it_lies() -> None:
+    script = (
+        "python3 -m verl.trainer.main_ppo actor_rollout_ref.model.path=$MODELS/Qwen/Qwen3-8B \\\n"
+        "  trainer.n_gpus_per_node=8 actor_rollout_ref.actor.strategy=fsdp\n"
+    )
+    launch = read_document(script, "run.sh")
+    model = launch.model()
+    assert model is not None
+    assert model.name == "qwen3-8b"
+    assert launch.unread == ()
+    assert read_document(script.replace("Qwen3-8B", "$NAME"), "run.sh").model() is None
+
+
+MISTYPED = {
+    "nemo": ("trainer.strategy.tensor_modle_parallel_size", "tensor_model_parallel_size"),
+    "skyrl": (
+        "trainer.policy.megatron_config.tensor_model_paralel_size",
+        "tensor_model_parallel_size",
+    ),
+    "verl": ("actor_rollout_ref.actor.megatorn.context_parallel_size", "actor.megatron.context"),
+    "torchtitan": ("parallelism.pipeline_paralell_degree", "pipeline_parallel_degree"),
+}
+
+
+@pytest.mark.parametrize("framework", MISTYPED)
+def test_a_mistyped_path_is_told_with_the_one_that_was_meant(framework: str) -> None:
+    path, meant = MISTYPED[framework]
+    word = f"--{path}=2" if framework == "torchtitan" else f"++{path}=2"
+    result = check([word], framework=framework, gpus=8)
+    (found,) = [f for f in result.findings if f.id == "unknown_name"]
+    assert (found.severity, found.field) == ("warning", path)
+    assert meant in found.remedy
+
+
+def test_a_number_that_is_none_is_told_where_it_is_no_degree_too() -> None:
+    words = ["trainer.nnodes=[2]", "trainer.n_gpus_per_node=eight", "data.train_batch_size=1e3"]
+    result = check(words, framework="verl", gpus=8)
+    told = {f.field: f.remedy for f in result.findings if f.rule == "It is a whole number."}
+    assert told == {
+        "trainer.nnodes": "Write trainer.nnodes=2.",
+        "trainer.n_gpus_per_node": "Write trainer.n_gpus_per_node=1.",
+    }
+
+
+def test_one_setting_of_a_stated_framework_is_a_launch() -> None:
+    launch = read_launch(["trainer.nnodes=2"], framework="verl")
+    assert launch.gpus == 16

@@ -21,6 +21,7 @@ from meshwright.describe.job import Execution, Job, job
 from meshwright.describe.model import Model
 from meshwright.describe.models import load_model
 from meshwright.errors import MeshwrightError
+from meshwright.frameworks.check import check
 from meshwright.frameworks.launch import FRAMEWORKS
 from meshwright.frameworks.megatron_bridge.settings import settings as bridge_settings
 from meshwright.frameworks.megatron_bridge.write import TRAINING as BRIDGE
@@ -200,3 +201,15 @@ def test_tables_of_flags_and_paths_hold_every_surface() -> None:
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_no_name_is_documented_that_a_list_has(framework: str) -> None:
     assert documented(framework) & (surfaces(framework) | accepted(framework)) == set()
+
+
+@pytest.mark.parametrize("framework", ["nemo", "skyrl", "verl", "torchtitan"])
+def test_no_name_of_a_framework_is_taken_for_a_misspelt_one(framework: str) -> None:
+    """Oracle: the names of each framework's own surface."""
+    names = sorted(n for n in surfaces(framework) | documented(framework) if "." in n)
+    head = "--" if framework == "torchtitan" else ""
+    result = check([f"{head}{name}=1" for name in names], framework=framework, gpus=8)
+    assert [f.field for f in result.findings if f.id == "unknown_name"] == []
+    for name in names:
+        result = check([f"{head}{name}=1"], framework=framework, gpus=8)
+        assert [f.field for f in result.findings if f.id == "unknown_name"] == []

@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from meshwright.errors import DocumentError, LaunchError, did_you_mean
 from meshwright.frameworks import overrides as paths
+from meshwright.frameworks.interpolation import resolved
 from meshwright.frameworks.launch import FRAMEWORKS, TITLES, Launch, Reading, Setting
 from meshwright.frameworks.launchers import Counts, Started, sbatch_counts, started
 from meshwright.frameworks.overrides import Override
@@ -196,7 +197,7 @@ def _from_script(
             named = _framework_of(candidate.program.text, candidate.args, overrides)
             found.append((candidate, framework or named))
         except LaunchError as error:
-            if framework is not None and len(candidate.args) > 0:
+            if framework is not None and (candidate.args or "=" in candidate.program.text):
                 stated.append((candidate, framework))
             elif len(error.remedy) and error.value:
                 unclear = unclear or error
@@ -369,6 +370,7 @@ def _read_overrides(
 ) -> Launch:
     module = import_module(f"meshwright.frameworks.{framework.replace('-', '_')}.read")
     texts: frozenset[str] = getattr(module, "texts", frozenset[str])()
+    found = [_named(o) for o in resolved(found, environment)]
     known = [o for o in found if not o.unknown or o.path in texts]
     lost = [
         f"{o.origin}: {' '.join(o.unknown)} is not known"
@@ -384,6 +386,20 @@ def _read_overrides(
     world = gpus or reading.gpus or started_by or None
     lost += _unknown_words(chosen)
     return _launch(framework, reading, world, environment, (*unread, *lost))
+
+
+def _named(override: Override) -> Override:
+    """Return a path to a model as known where only its folders are not: its name is its last part.
+
+    ``$HOME/models/Qwen3-8B`` is a Qwen3-8B wherever it lies.
+    """
+    last = str(override.value).rpartition("/")[2]
+    if not override.unknown or not last or re.search(r"[$`(){}]", last):
+        return override
+    return replace(override, unknown=()) if _MODEL_PATH.search(override.path) else override
+
+
+_MODEL_PATH: Final = re.compile(r"(^|\.)model\.path$|^model_name_or_path$")
 
 
 def _unknown_words(chosen: Started | None) -> list[str]:

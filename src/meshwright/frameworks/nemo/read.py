@@ -10,6 +10,7 @@ from meshwright.frameworks.launch import Reading, Setting
 from meshwright.frameworks.launchers import Started
 from meshwright.frameworks.nemo.rules import RULES
 from meshwright.frameworks.overrides import Override
+from meshwright.frameworks.spelling import misread
 
 TITLE: Final = "NeMo 2"
 
@@ -120,7 +121,8 @@ def read(
     if ep is not None and ep.value not in (None, 1):
         tp = reading.settings.get("tensor_model_parallel_size")
         reading.default("expert_tensor_parallel_size", 1 if tp is None else tp.value, TITLE)
-    reading.findings = judge(RULES, Facts(known, reading, {}, gpus or reading.gpus))
+    facts = Facts(known, reading, {}, gpus or reading.gpus)
+    reading.findings = [*misread(known, NAMES, {}, RULES), *judge(RULES, facts)]
     return reading
 
 

@@ -22,6 +22,7 @@ from meshwright.frameworks.ray_workers import (
 from meshwright.frameworks.skyrl.rl_rules import RL_RULES
 from meshwright.frameworks.skyrl.rules import DIRECT, RL, SFT
 from meshwright.frameworks.skyrl.sft_rules import SFT_RULES
+from meshwright.frameworks.spelling import misread
 
 TITLE: Final = "SkyRL"
 DDP: Final = ("overlap_grad_reduce", "overlap_param_gather")
@@ -128,7 +129,9 @@ def read(
         reading.default("bf16", True, TITLE)
     _batch(reading, known, facts, sft)
     _model(reading, known, sft)
-    reading.findings = judge(SFT_RULES if sft else RL_RULES, facts)
+    rules = SFT_RULES if sft else RL_RULES
+    every = {**names(root), **kwargs(root)}
+    reading.findings = [*misread(known, every, defaults, rules), *judge(rules, facts)]
     return reading
 
 

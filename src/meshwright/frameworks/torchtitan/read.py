@@ -17,6 +17,7 @@ from meshwright.frameworks.by_path import Facts, by_path, judge
 from meshwright.frameworks.launch import Reading, Setting
 from meshwright.frameworks.launchers import Started
 from meshwright.frameworks.overrides import Override
+from meshwright.frameworks.spelling import misread
 from meshwright.frameworks.torchtitan.rules import RULES
 from meshwright.frameworks.words_model import find_model
 
@@ -78,7 +79,7 @@ def read(
     _pipeline(reading, known, facts, model)
     _batch(reading, known, facts)
     _precision_and_checkpointing(reading, known, facts)
-    reading.findings = judge(RULES, facts)
+    reading.findings = [*misread(known, NAMES, DEFAULTS, RULES), *judge(RULES, facts)]
     return reading
 
 

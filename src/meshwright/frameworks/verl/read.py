@@ -16,6 +16,7 @@ from meshwright.frameworks.ray_workers import (
     read_adapters,
     read_world,
 )
+from meshwright.frameworks.spelling import misread
 from meshwright.frameworks.verl.rules import RULES
 
 TITLE: Final = "verl"
@@ -121,7 +122,7 @@ def read(
         reading.default("bf16", True, TITLE)
         take(reading, known, {"micro_batch_size": NAMES["micro_batch_size"]})
     _batch(reading, known, facts)
-    reading.findings = judge(RULES, facts)
+    reading.findings = [*misread(known, NAMES, defaults, RULES), *judge(RULES, facts)]
     return reading
 
 
