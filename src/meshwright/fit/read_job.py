@@ -35,12 +35,14 @@ def read_job(
     seq_len: int,
     gbs: int,
     *,
+    architecture: str = "",
     is_latent: bool = False,
     by_op: bool = False,
 ) -> Job:
     """Return the job of a row; unknown words are read as the nearest and listed.
 
-    ``by_op``: activations are kept by op, of matmul outputs every second one.
+    ``architecture`` of the GPU: software is no older than the card it runs on. ``by_op``:
+    activations are kept by op, of matmul outputs every second one.
     """
     task = s.task
     if task == "module":
@@ -55,7 +57,7 @@ def read_job(
         task="lora" if task == "lora" else "sft" if task == "sft" else "pretrain",
         lora_rank=max(s.whole("dim", "lora_rank", default=16), 1),
         lora_targets=_lora_targets(s, framework),
-        execution=read_execution(s, framework, by_op=by_op),
+        execution=read_execution(s, framework, architecture, by_op=by_op),
     )
 
 
@@ -175,7 +177,9 @@ def _composer(s: Settings) -> dict[str, float]:
     }
 
 
-def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) -> Execution:
+def read_execution(
+    s: Settings, framework: Framework, architecture: str = "", *, by_op: bool = False
+) -> Execution:
     """Return the switches of a row."""
     attention = s.text("attention", "attention_backend")
     flash = framework.flash_attention
@@ -185,7 +189,7 @@ def read_execution(s: Settings, framework: Framework, *, by_op: bool = False) ->
         flash = False
     packed = "packed" in s.text("finetuning_dataset") or "packed" in s.text("dataset")
     graphs, modules = _cuda_graphs(s, framework)
-    loss = _cross_entropy(s, framework)
+    loss = _cross_entropy(s, framework, architecture)
     offload = s.whole("cpu_offloading_num_layers") if s.flag("cpu_offloading", default=False) else 0
     capacity = s.find("moe_expert_capacity_factor")
     return Execution(
@@ -373,7 +377,7 @@ def _fused_kernels(s: Settings, framework: Framework) -> bool:
     return framework.fused_kernels
 
 
-def _cross_entropy(s: Settings, framework: Framework) -> CrossEntropy:
+def _cross_entropy(s: Settings, framework: Framework, architecture: str) -> CrossEntropy:
     kind = s.text("cross_entropy_fusion_impl") or s.text("cross_entropy_fusion")
     fused = s.find("cross_entropy_loss_fusion")
     if fused is not None and not s.flag("cross_entropy_loss_fusion", default=True):
@@ -382,18 +386,18 @@ def _cross_entropy(s: Settings, framework: Framework) -> CrossEntropy:
         return "vendor"
     if kind == "native" or (fused is not None and framework.name == "megatron-lm"):
         return "compiled"
-    if fused is None and framework.name == "torchtitan" and _compiles_loss(s):
+    if fused is None and framework.name == "torchtitan" and _compiles_loss(s, architecture):
         return "vendor"
     return "vendor" if fused is not None else framework.cross_entropy
 
 
-def _compiles_loss(s: Settings) -> bool:
+def _compiles_loss(s: Settings, architecture: str) -> bool:
     """Return whether torchtitan compiles its loss: with the model, since 2025.
 
-    Inductor reads the logits in 16 bit and writes their gradient, as a fused loss does.
+    A row does not say which release it ran; what runs on Blackwell is of 2025 or later. Inductor
+    reads the logits in 16 bit and writes their gradient, as a fused loss does.
     """
-    year = re.match(r"20\d\d", s.cell("release"))
-    return s.flag("torch_compile", default=True) and (year is None or int(year[0]) >= 2025)
+    return architecture.startswith("Blackwell") and s.flag("torch_compile", default=True)
 
 
 def _capacity(s: Settings) -> float | None:

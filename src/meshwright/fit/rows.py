@@ -63,7 +63,13 @@ def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
     per_stage = model.num_layers // (degrees.pp * degrees.vpp)
     recompute = read_recompute(s, framework, per_stage)
     job = read_job(
-        s, framework, seq_len, degrees.gbs, is_latent=model.is_mla, by_op=recompute.by_op
+        s,
+        framework,
+        seq_len,
+        degrees.gbs,
+        architecture=cluster.gpu.architecture,
+        is_latent=model.is_mla,
+        by_op=recompute.by_op,
     )
     made = read_layout(s, framework, model, degrees, recompute, cluster.gpus_per_node)
     _refuse_what_cannot_be(Case(model=model, job=job, x=table([made]), cluster=cluster))
