@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from meshwright.describe.models import build_model, load_config, load_model
+from meshwright.errors import ModelError
 from meshwright.runtime.families import FAMILIES
 from meshwright.runtime.read_shape import assumed_of, shape_of
 from meshwright.runtime.shape import ModelShape, Rope
@@ -146,3 +147,70 @@ def test_the_page_on_the_runtime_names_every_family() -> None:
         re.findall(r"[a-z0-9_]+", page.partition("## Families")[2].partition("Logits of")[0])
     )
     assert set(FAMILIES) <= named
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value"),
+    [
+        ("llama", "rms_norm_eps", "small"),
+        ("llama", "rms_norm_eps", float("nan")),
+        ("llama", "initializer_range", -1),
+        ("llama", "hidden_act", ["silu"]),
+        ("llama", "rope_theta", "1e6"),
+        ("llama", "rope_theta", 0),
+        ("llama", "rope_scaling", "yarn"),
+        ("llama", "rope_scaling", {"rope_type": "yarn", "factor": "4"}),
+        ("llama", "rope_scaling", {"rope_type": "yarn"}),
+        ("llama", "rope_parameters", 3),
+        ("gemma3_text", "rope_parameters", {"full_attention": 3}),
+        ("gemma3_text", "rope_parameters", {"sliding_attention": 3}),
+        ("gemma2", "attn_logit_softcapping", [50.0]),
+        ("gemma2", "query_pre_attn_scalar", 0),
+        ("granite", "logits_scaling", 0),
+        ("phi3", "partial_rotary_factor", 1.5),
+        ("smollm3", "no_rope_layers", 4),
+        ("deepseek_v3", "n_group", "8"),
+        ("deepseek_v3", "routed_scaling_factor", True),
+        ("mixtral", "router_aux_loss_coef", float("inf")),
+        ("mixtral", "moe_expert_capacity_factor", {}),
+        ("qwen3_moe", "norm_topk_prob", "false"),
+    ],
+)
+def test_a_value_that_is_no_such_number_or_word_is_refused_by_its_key(
+    model_type: str, key: str, value: object
+) -> None:
+    with pytest.raises(ModelError) as refused:
+        _read(model_type, **{**_needed(model_type), key: value})
+    named = {key, *(value if isinstance(value, dict) else ())}
+    if "rope_type" in named:
+        named.add("rope_parameters")
+    assert refused.value.field.split(".")[-1] in named
+    assert refused.value.remedy
+
+
+def _needed(model_type: str) -> dict[str, object]:
+    """Return the keys that mixtures of experts have to give."""
+    routed = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    if model_type == "deepseek_v3":
+        latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8}
+        return {
+            **routed,
+            **latent,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_key_value_heads": 4,
+        }
+    return (
+        {**routed, "num_local_experts": 4, "num_experts": 4}
+        if model_type in ("mixtral", "qwen3_moe")
+        else {}
+    )
+
+
+def test_features_that_turn_come_in_pairs() -> None:
+    with pytest.raises(ModelError, match="head_dim = 7: Rotary positions turn pairs"):
+        _read("llama", head_dim=7)
+    with pytest.raises(ModelError, match=r"partial_rotary_factor = 0\.2"):
+        _read("phi3", rope_parameters={"partial_rotary_factor": 0.2, "rope_theta": 1e4})

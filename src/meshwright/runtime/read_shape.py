@@ -12,6 +12,7 @@ from typing import Any, cast
 from meshwright.describe.facts import Attention, Decoder, LatentAttention, Layer, Mlp, Moe
 from meshwright.describe.model import Model
 from meshwright.errors import ModelError
+from meshwright.runtime.config_values import flag, items, mapping, number, whole, word
 from meshwright.runtime.families import FAMILIES, Family
 from meshwright.runtime.shape import Activation, MlaShape, ModelShape, MoeShape, Rope
 
@@ -50,7 +51,7 @@ def shape_of(model: Model, config: Mapping[str, Any] | None = None) -> ModelShap
     mlp = next((x.ffn for x in layers if isinstance(x.ffn, Mlp)), None)
     qk_norm = plain.qk_norm if plain else ""
     assert qk_norm != "weightless"
-    return ModelShape(
+    shape = ModelShape(
         model_type=model.model_type,
         hidden_size=facts.hidden_size,
         num_layers=len(facts.layers),
@@ -59,7 +60,7 @@ def shape_of(model: Model, config: Mapping[str, Any] | None = None) -> ModelShap
         head_dim=model.head_dim,
         ffn_hidden_size=mlp.ffn_hidden_size if mlp else 1,
         vocab_size=facts.vocab_size,
-        norm_eps=float(values.get("rms_norm_eps", family.norm_eps)),
+        norm_eps=number(values, "rms_norm_eps", family.norm_eps),
         qkv_bias=plain.qkv_bias if plain else bool(latent and latent.bias),
         out_bias=plain.out_bias if plain else bool(latent and latent.bias),
         mlp_bias=bool(mlp and mlp.bias),
@@ -69,7 +70,7 @@ def shape_of(model: Model, config: Mapping[str, Any] | None = None) -> ModelShap
         norm_offset=family.offset_norms,
         tie_word_embeddings=facts.tie_word_embeddings,
         sinks=bool(plain and plain.sinks),
-        initializer_range=float(values.get("initializer_range", 0.02)),
+        initializer_range=number(values, "initializer_range", 0.02),
         moe=_moe(moe, family, values) if moe else None,
         moe_layers=tuple(i for i, layer in enumerate(layers) if isinstance(layer.ffn, Moe)),
         mla=_mla(latent) if latent else None,
@@ -77,13 +78,30 @@ def shape_of(model: Model, config: Mapping[str, Any] | None = None) -> ModelShap
         **_positions(facts, model.head_dim, family, values, latent is not None),
         **_scales(facts, family, config),
     )
+    _check_pairs(shape)
+    return shape
+
+
+def _check_pairs(shape: ModelShape) -> None:
+    """Raise ``ModelError`` unless the features of a head that turn are pairs."""
+    if shape.rotary_dim and shape.rotary_dim % 2 == 0:
+        return
+    rule = f"Rotary positions turn pairs of features, here {shape.rotary_dim} of a head."
+    if shape.mla is not None:
+        field, value = "qk_rope_head_dim", shape.mla.qk_rope_head_dim
+    elif shape.rope.partial_factor != 1.0:
+        part = shape.rope.partial_factor
+        raise ModelError("config.partial_rotary_factor", part, rule, "Use 0.5 or 1.0.")
+    else:
+        field, value = "head_dim", shape.head_dim
+    raise ModelError(f"config.{field}", value, rule, f"Use {value + 1}.")
 
 
 def assumed_of(model: Model, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the numbers of ``shape_of`` that a config leaves to ``transformers``' defaults."""
     shape, family = shape_of(model, config), FAMILIES[model.model_type]
     config = text_part(config)
-    rope = cast("Mapping[str, Any]", config.get("rope_parameters") or {})
+    rope = mapping(config, "rope_parameters")
     taken: dict[str, object] = {"rms_norm_eps": shape.norm_eps}
     if "rope_theta" not in rope.get("full_attention", rope):
         taken["rope_theta"] = shape.rope.theta
@@ -163,47 +181,52 @@ def _activation(family: Family, values: Mapping[str, Any]) -> Activation:
                 raise ModelError(f"config.{key}", values[key], rule, f"Use {known}.")
         return family.activation
     key = "hidden_activation" if "hidden_activation" in values else "hidden_act"
-    word = values.get(key)
-    if word is None or (family.offset_norms and key == "hidden_act" and word == "gelu"):
+    if key not in values:
         return family.activation
-    if word not in ACTIVATIONS:
+    name = word(values, key, "silu")
+    if family.offset_norms and key == "hidden_act" and name == "gelu":
+        return family.activation
+    if name not in ACTIVATIONS:
         known = " or ".join(ACTIVATIONS)
-        raise ModelError(f"config.{key}", word, "The runtime computes others.", f"Use {known}.")
-    return ACTIVATIONS[word]
+        raise ModelError(f"config.{key}", name, "The runtime computes others.", f"Use {known}.")
+    return ACTIVATIONS[name]
 
 
 def _scales(facts: Decoder, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """Read what multiplies or caps embeddings, branches, scores and logits; null is no cap."""
 
-    def number(key: str, default: float) -> float:
-        return float(config.get(key, default) or 0.0)
-
     if family.multipliers:
         return {
-            "embedding_scale": number("embedding_multiplier", 1.0),
-            "residual_scale": number("residual_multiplier", 1.0),
-            "attention_scale": number("attention_multiplier", 1.0),
-            "logit_scale": 1.0 / number("logits_scaling", 1.0),
+            "embedding_scale": number(config, "embedding_multiplier", 1.0),
+            "residual_scale": number(config, "residual_multiplier", 1.0),
+            "attention_scale": number(config, "attention_multiplier", 1.0),
+            "logit_scale": 1.0 / number(config, "logits_scaling", 1.0, above=True),
         }
-    scalar = number("query_pre_attn_scalar", family.query_scalar) or family.query_scalar
+
+    def cap(key: str, default: float) -> float:
+        return number(config, key, 0.0 if key in config else default)
+
+    scale = 0.0
+    if family.query_scalar:
+        scale = number(config, "query_pre_attn_scalar", family.query_scalar, above=True) ** -0.5
     return {
         "embedding_scale": facts.hidden_size**0.5 if family.offset_norms else 1.0,
-        "attention_scale": scalar**-0.5 if family.query_scalar else 0.0,
-        "attention_softcap": number("attn_logit_softcapping", family.score_cap),
-        "logit_softcap": number("final_logit_softcapping", family.logit_cap),
+        "attention_scale": scale,
+        "attention_softcap": cap("attn_logit_softcapping", family.score_cap),
+        "logit_softcap": cap("final_logit_softcapping", family.logit_cap),
     }
 
 
 def _moe(moe: Moe, family: Family, values: Mapping[str, Any]) -> MoeShape:
     normalise = family.normalise
     if not family.fixed:
-        normalise = bool(values.get("norm_topk_prob", normalise))
+        normalise = flag(values, "norm_topk_prob", normalise)
     grouped = family.scoring == "sigmoid" or values.get("topk_method") == "group_limited_greedy"
     groups = family.groups
     if grouped:
         groups = (
-            int(values.get("n_group", groups[0])),
-            int(values.get("topk_group", groups[1])),
+            whole(values, "n_group", groups[0]),
+            whole(values, "topk_group", groups[1]),
         )
     return MoeShape(
         num_experts=moe.num_experts,
@@ -213,9 +236,7 @@ def _moe(moe: Moe, family: Family, values: Mapping[str, Any]) -> MoeShape:
         shared_gate=moe.shared_gate,
         scoring=family.scoring,
         normalise=normalise,
-        routed_scaling_factor=float(
-            values.get("routed_scaling_factor", family.routed_scaling_factor)
-        ),
+        routed_scaling_factor=number(values, "routed_scaling_factor", family.routed_scaling_factor),
         num_groups=groups[0],
         topk_groups=groups[1],
         group_score=family.group_score,
@@ -232,7 +253,7 @@ def _balancing(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ``ModelError`` for a value that no framework knows.
     """
-    sequences = values.get("seq_aux", True) and "aux_loss_alpha" in values
+    sequences = flag(values, "seq_aux", True) and "aux_loss_alpha" in values
     word = values.get("moe_router_load_balancing_type", "")
     policy = values.get("moe_token_drop_policy", "probs")
     for key, value, known in (
@@ -244,15 +265,15 @@ def _balancing(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
             raise ModelError(f"config.{key}", value, "The runtime computes others.", remedy)
     coefficient = family.aux_loss_coef
     for key in ("aux_loss_alpha", "router_aux_loss_coef", "moe_aux_loss_coeff"):
-        coefficient = float(values.get(key, coefficient))
+        coefficient = number(values, key, coefficient)
     return {
-        "capacity_factor": float(values.get("moe_expert_capacity_factor", 0.0)),
+        "capacity_factor": number(values, "moe_expert_capacity_factor", 0.0),
         "drop_policy": policy,
-        "pad_to_capacity": bool(values.get("moe_pad_expert_input_to_capacity", False)),
+        "pad_to_capacity": flag(values, "moe_pad_expert_input_to_capacity", False),
         "balance": "seq_aux_loss" if word == "seq_aux_loss" or sequences else "aux_loss",
-        "bias_update_rate": float(values.get("moe_router_bias_update_rate", 0.0)),
+        "bias_update_rate": number(values, "moe_router_bias_update_rate", 0.0),
         "aux_loss_coef": 0.0 if word == "none" else coefficient,
-        "z_loss_coef": float(values.get("moe_z_loss_coeff", 0.0)),
+        "z_loss_coef": number(values, "moe_z_loss_coeff", 0.0),
     }
 
 
@@ -277,23 +298,28 @@ def _positions(
     mixers = [layer.mixer for layer in facts.layers]
     windows = [mixer.window if isinstance(mixer, Attention) else 0 for mixer in mixers]
     windowed = tuple(i for i, window in enumerate(windows) if window)
-    given = cast("Mapping[str, Any]", values.get("rope_parameters") or {})
-    full = dict(given.get("full_attention", given) or values.get("rope_scaling") or family.rope)
+    given = mapping(values, "rope_parameters")
+    own_kinds = "full_attention" in given
+    full = dict(
+        (mapping(given, "full_attention") if own_kinds else given)
+        or mapping(values, "rope_scaling")
+        or family.rope
+    )
     full.setdefault("rope_theta", values.get("rope_theta", family.theta))
     if "partial_rotary_factor" not in full:
         part = family.rope.get("partial_rotary_factor", 1.0)
         if "rotary_dim" in values:
-            part = values["rotary_dim"] / head_dim
+            part = whole(values, "rotary_dim", head_dim) / head_dim
         full["partial_rotary_factor"] = values.get("partial_rotary_factor", part)
-    interleaved = family.interleaved or (latent and bool(values.get("rope_interleave", True)))
+    interleaved = family.interleaved or (latent and flag(values, "rope_interleave", True))
     window_rope: Rope | None = None
     if family.window_rope is not None:
         own = {"rope_theta": full["rope_theta"], **family.window_rope}
         if "rope_local_base_freq" in values:
             own["rope_theta"] = values["rope_local_base_freq"]
-        own |= given.get("sliding_attention") or {}
+        own |= mapping(given, "sliding_attention")
         window_rope = _rope(facts, own, interleaved)
-    turning = values.get("no_rope_layers")
+    turning = items(values, "no_rope_layers")
     if turning is None:
         turning = [not isinstance(mixer, Attention) or mixer.rope for mixer in mixers]
         if windowed and not family.unwindowed_turn:
@@ -317,22 +343,29 @@ def _rope(facts: Decoder, keys: Mapping[str, Any], interleaved: bool) -> Rope:
             "The runtime computes rotary positions of other types.",
             "Use default, linear, llama3 or yarn.",
         )
-    factor = given.get("attention_factor")
+    part = number(given, "partial_rotary_factor", 1.0, above=True)
+    if part > 1.0:
+        rule = "It is the part of a head that turns, at most 1."
+        raise ModelError("config.partial_rotary_factor", part, rule, "Use 1.0.")
+    if kind != "default" and "factor" not in given:
+        rule = f"Positions of type {kind} are stretched by a factor."
+        raise ModelError("config.rope_parameters", kind, rule, "Give factor.")
+    tempered = "attention_factor" in given
     return Rope(
-        theta=float(given["rope_theta"]),
+        theta=number(given, "rope_theta", 10_000.0, above=True),
         kind=kind,
-        factor=float(given.get("factor", 1.0)),
-        low_freq_factor=float(given.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(given.get("high_freq_factor", 4.0)),
-        original_max_seq_len=int(
-            given.get("original_max_position_embeddings", facts.max_seq_len or 8192)
+        factor=number(given, "factor", 1.0, above=True),
+        low_freq_factor=number(given, "low_freq_factor", 1.0, above=True),
+        high_freq_factor=number(given, "high_freq_factor", 4.0, above=True),
+        original_max_seq_len=whole(
+            given, "original_max_position_embeddings", facts.max_seq_len or 8192
         ),
-        beta_fast=float(given.get("beta_fast", 32.0)),
-        beta_slow=float(given.get("beta_slow", 1.0)),
-        attention_factor=None if factor is None else float(factor),
-        mscale=float(given.get("mscale", 0.0)),
-        mscale_all_dim=float(given.get("mscale_all_dim", 0.0)),
-        truncate=bool(given.get("truncate", True)),
+        beta_fast=number(given, "beta_fast", 32.0, above=True),
+        beta_slow=number(given, "beta_slow", 1.0, above=True),
+        attention_factor=number(given, "attention_factor", 1.0, above=True) if tempered else None,
+        mscale=number(given, "mscale", 0.0),
+        mscale_all_dim=number(given, "mscale_all_dim", 0.0),
+        truncate=flag(given, "truncate", True),
         interleaved=interleaved,
-        partial_factor=float(given.get("partial_rotary_factor", 1.0)),
+        partial_factor=part,
     )
