@@ -23,7 +23,7 @@ from meshwright.describe.cluster import (
     load_gpu,
     parse_network,
 )
-from meshwright.describe.cluster_document import from_document, to_document, to_toml
+from meshwright.describe.cluster.document import from_document, to_document, to_toml
 from meshwright.describe.gpu import HARDWARE, read_hardware, stems
 from meshwright.errors import ClusterError, DocumentError, MeshwrightError
 

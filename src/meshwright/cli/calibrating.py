@@ -34,7 +34,7 @@ def calibrate(
     from datetime import date
 
     from meshwright.describe.cluster import load_cluster
-    from meshwright.describe.cluster_document import to_document, to_toml
+    from meshwright.describe.cluster.document import to_document, to_toml
     from meshwright.errors import DocumentError
     from meshwright.fit.calibrate import calibrate as fitted
     from meshwright.fit.documents import load_models, load_runs, shipped

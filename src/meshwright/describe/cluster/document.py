@@ -17,7 +17,9 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from meshwright import units
-from meshwright.describe.cluster import Cluster, Link, build_cluster, parse_network
+from meshwright.describe.cluster.build import build_cluster
+from meshwright.describe.cluster.fields import Cluster, Link
+from meshwright.describe.cluster.network import parse_network
 from meshwright.describe.gpu import Gpu, load_gpu, read_fitted
 from meshwright.errors import ClusterError, DocumentError, did_you_mean
 
