@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from megatron_cases import case_of
 from meshwright.checks import Case, Check, all_checks, illegal, judge, judge_one
-from meshwright.checks.context import a2a_ranks
 from meshwright.checks.divisibility import legal_tps
 from meshwright.describe.cluster import Cluster, build_cluster, load_cluster
 from meshwright.describe.job import Execution, Job, Task, precision
@@ -23,6 +22,7 @@ from meshwright.describe.model import Model
 from meshwright.describe.models import load_model
 from meshwright.findings import Finding
 from meshwright.parallel.actions import schedule_order
+from meshwright.parallel.cp_levels import exchanging_ranks
 from meshwright.parallel.layout import (
     CpComm,
     Layouts,
@@ -409,7 +409,7 @@ def test_connections_are_advised_by_architecture_and_sharding() -> None:
 def test_the_inner_level_of_hierarchical_cp_is_the_most_square_split() -> None:
     split = int(CpComm.a2a_p2p)
     x = table_of([{"cp": cp, "cp_comm": split} for cp in (1, 2, 4, 6, 8, 16, 36)])
-    assert a2a_ranks(x).tolist() == [1, 1, 2, 2, 2, 4, 6]
+    assert exchanging_ranks(x.cp, x.cp_comm, x.hierarchical_cp).tolist() == [1, 1, 2, 2, 2, 4, 6]
     assert not illegal(case(cp=4, cp_comm=split))[0]
     assert ids(case(cp=16, seq_len=65536, cp_comm=split)) == {"a2a_divides_heads"}
 

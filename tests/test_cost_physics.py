@@ -266,8 +266,8 @@ def test_levels_of_hierarchical_context_parallelism_move_its_price() -> None:
     assert both[1] == pytest.approx(ring(16, 1).time["cp_comm_s"])
     assert both[16] == pytest.approx(ring(16, 1, CpComm.a2a).time["cp_comm_s"])
     assert both[8] < both[4]
-    inside_the_node = ring(16, 1, CpComm.a2a_p2p).time["cp_comm_s"]
-    assert inside_the_node == pytest.approx(both[8])
+    most_square = ring(16, 1, CpComm.a2a_p2p).time["cp_comm_s"]
+    assert most_square == pytest.approx(both[4])
 
 
 def test_a_switch_that_reduces_halves_at_most_an_all_reduce_of_its_domain() -> None:

@@ -12,7 +12,8 @@ from meshwright.checks.divisibility import recurrence_heads
 from meshwright.cost.columns import distinct_index
 from meshwright.describe.model import OpKind
 from meshwright.errors import divisors
-from meshwright.parallel.layout import CpComm, Ints, Layout, Layouts, take
+from meshwright.parallel.cp_levels import exchanging_ranks, most_square_level
+from meshwright.parallel.layout import CpComm, Layout, take
 
 _ATTENTION = "Transformer Engine"
 
@@ -50,21 +51,6 @@ def sequence_splits_over_tp(case: Case) -> Mask:
     return uneven & (x.sp == 1) & (x.tp > 1) & (case.job.seq_len % x.cp == 0)
 
 
-def a2a_ranks(x: Layouts) -> Ints:
-    """Return how many ranks of a CP group exchange heads by all-to-all; shape [N].
-
-    ``a2a``: all of them; ``a2a+p2p``: the inner level, by default the most square split.
-    """
-    if x.hierarchical_cp is not None:
-        inner = np.full_like(x.cp, x.hierarchical_cp[0])
-    else:
-        inner = np.ones_like(x.cp)
-        for size in range(2, math.isqrt(int(x.cp.max(initial=1))) + 1):
-            inner = np.where((x.cp % size == 0) & (size * size <= x.cp), size, inner)
-    ranks = np.where(x.cp_comm == CpComm.a2a, x.cp, inner)
-    return np.where((x.cp_comm == CpComm.a2a) | (x.cp_comm == CpComm.a2a_p2p), ranks, 1)
-
-
 def _exchanged(case: Case, at: Layout[int]) -> Mapping[str, object]:
     heads = max(case.model.num_heads // at.tp, 1)
     kv_heads = max(case.model.num_kv_heads // at.tp, 1)
@@ -86,7 +72,7 @@ def a2a_divides_heads(case: Case) -> Mask:
     exchanging = np.flatnonzero((x.cp_comm >= CpComm.a2a) & (x.cp > 1))
     some, where = distinct_index([c[exchanging] for c in (x.tp, x.cp, x.cp_comm)])
     rows = take(x, exchanging[some])
-    ranks = a2a_ranks(rows)
+    ranks = exchanging_ranks(rows.cp, rows.cp_comm, rows.hierarchical_cp)
     heads = np.maximum(case.model.num_heads // rows.tp, 1)
     kv_heads = np.maximum(case.model.num_kv_heads // rows.tp, 1)
     fires = case.nowhere.copy()
@@ -97,7 +83,7 @@ def a2a_divides_heads(case: Case) -> Mask:
 def _levels(case: Case, at: Layout[int]) -> Mapping[str, object]:
     del case
     levels = at.hierarchical_cp or ()
-    inner = max(d for d in range(1, math.isqrt(at.cp) + 1) if at.cp % d == 0)
+    inner = most_square_level(at.cp)
     return {
         "product": "*".join(map(str, levels)),
         "size": math.prod(levels),

@@ -37,6 +37,7 @@ from meshwright.cost.slices import Slice, is_all_to_all, is_ring
 from meshwright.describe.cluster import Cluster
 from meshwright.describe.job import Job
 from meshwright.describe.model import Block, Comm, Op, OpKind
+from meshwright.parallel.cp_levels import exchanging_ranks
 from meshwright.parallel.layout import CpComm, Recompute
 
 COMPUTE, RECOMPUTE, TP, CP, EP = range(5)
@@ -523,13 +524,11 @@ def context_parallel_s(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[Floats
 def cp_levels(s: Slice) -> tuple[Span, Span]:
     """Return the spans of the all-to-all and of the ring of context parallelism.
 
-    One of them has the whole group, the other one rank; with ``a2a+p2p`` the all-to-all has the
-    first of ``hierarchical_cp``, or else the members that share an NVLink domain.
+    One of them has the whole group, the other one rank; with ``a2a+p2p`` both have a level.
     """
     cp, inside = s.spans.cp.size, s.spans.cp.inside
-    first = float(s.hierarchical_cp[0]) if s.hierarchical_cp else inside
-    both = s.cp_comm == CpComm.a2a_p2p
-    size = np.where(both, np.minimum(first, cp), np.where(s.cp_comm == CpComm.a2a, cp, 1.0))
+    ranks = exchanging_ranks(cp.astype(np.int64), s.cp_comm, s.hierarchical_cp)
+    size = ranks.astype(np.float64)
     ring = cp / size
     return (
         Span(size, np.minimum(size, inside)),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 
 from meshwright.errors import LayoutError
+from meshwright.parallel.cp_levels import most_square_level
 from meshwright.parallel.layout import CpComm, Layout, Zero
 from meshwright.parallel.mesh import dense_mesh, expert_mesh, groups
 
@@ -178,7 +179,7 @@ def cp_levels(x: Layout[int]) -> tuple[int, int]:
         return 1, x.cp
     levels = x.hierarchical_cp
     if levels is None:
-        inner = max(d for d in range(1, math.isqrt(x.cp) + 1) if x.cp % d == 0)
+        inner = most_square_level(x.cp)
         return inner, x.cp // inner
     if len(levels) != 2 or math.prod(levels) != x.cp:
         raise LayoutError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from meshwright.errors import MeshwrightError
-from meshwright.parallel.layout import CpComm, Layout, Recompute
+from meshwright.parallel.layout import Layout, Recompute
 from meshwright.runtime.flat_buffer import ALIGNMENT
 from meshwright.runtime.groups import cp_levels
 from meshwright.runtime.legality import check_runnable
@@ -92,9 +92,6 @@ def account_report(
     """
     x = replace(x, recompute=Recompute.none, recompute_num_layers=0)
     try:
-        if x.cp_comm == CpComm.a2a_p2p:
-            # Without given levels the price takes those of the cluster's links.
-            x = replace(x, hierarchical_cp=cp_levels(x))
         case = even_case(x, model)
     except MeshwrightError as error:
         return AccountReport(why_not=f"no model of even sizes can be made: {error.rule}")
