@@ -61,12 +61,12 @@ def step_time_width(model: Model, job: Job, gpu: str, assumed: Collection[str]) 
     ``gpu`` is the public name of the card, ``assumed`` what had to be supplied.
     """
     has_experts = model.num_experts > 1
-    shares = {
-        KNOWN_RUN: True,
-        NOT_STATED: any("not stated" in text for text in assumed),
-        EXPERTS: has_experts,
-        FREE_ROUTING: has_experts and not job.execution.forced_balance,
-        ADAPTERS: job.task == "lora",
-        UNMEASURED_GPU: gpu not in MEASURED_GPUS,
-    }
-    return math.hypot(*(share for share, counts in shares.items() if counts))
+    shares = (
+        (KNOWN_RUN, True),
+        (NOT_STATED, any("not stated" in text for text in assumed)),
+        (EXPERTS, has_experts),
+        (FREE_ROUTING, has_experts and not job.execution.forced_balance),
+        (ADAPTERS, job.task == "lora"),
+        (UNMEASURED_GPU, gpu not in MEASURED_GPUS),
+    )
+    return math.hypot(*(share for share, counts in shares if counts))

@@ -25,6 +25,7 @@ from meshwright.frameworks.rewritings import (
     removed,
     switches,
 )
+from meshwright.frameworks.torchtitan.read import NAMES
 from meshwright.frameworks.words import DEGREES
 from meshwright.parallel.layout import Layout
 from meshwright.parallel.placement import read_pipeline_layout
@@ -44,10 +45,7 @@ _DATA_DEGREES: Final = {
     "dp_copies": "parallelism.data_parallel_replicate_degree",
 }
 _TITAN: Final = {
-    "tp": "tensor_parallel_degree",
-    "cp": "context_parallel_degree",
-    "pp": "pipeline_parallel_degree",
-    "ep": "expert_parallel_degree",
+    name: NAMES[word].rpartition(".")[2] for name, word in DEGREES.items() if word in NAMES
 }
 _WORDS: Final = {
     **DEGREES,

@@ -25,6 +25,10 @@ from meshwright.parallel.layout import (
 
 _WEIGHTS: Final = {"tp": 1.2, "pp": 1.1, "cp": 1.0, "ep": 0.9, "etp": 0.9, "vpp": 0.3, "mbs": 0.2}
 """What doubling or halving a choice costs: TP is given up last, the micro batch first."""
+MOST_ASKED: Final = 200
+"""Layouts that a framework is asked whether it can run them."""
+MOST_TRIED: Final = 256
+"""How far from a number of GPUs others are tried; farther only powers of two."""
 
 
 def nearest_legal(
@@ -56,11 +60,6 @@ def nearest_legal(
         remedy = f"Use {' or '.join(map(str, near))} GPUs." if near else "Use another number."
         raise LayoutError("gpus", gpus, rule, remedy)
     return best[1]
-
-
-MOST_ASKED: Final = 200
-MOST_TRIED: Final = 256
-"""How far from a number of GPUs others are tried; farther only powers of two."""
 
 
 def _nearest_sizes(model: Model, job: Job, x: Layout[int], gpus: int) -> list[int]:

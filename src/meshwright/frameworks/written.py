@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from meshwright.describe.cluster import Cluster
 from meshwright.describe.job import Job
@@ -21,7 +21,6 @@ from meshwright.frameworks.carried import Carried, Unexpanded
 from meshwright.frameworks.words_model import beyond_words
 from meshwright.parallel.layout import DEFAULT_ORDER, Layout, Pipeline, Recompute, Zero, to_text
 
-Launcher = Literal["torchrun", "slurm"]
 LAUNCHERS: Final = ("torchrun", "slurm")
 
 _SAFE: Final = re.compile(r"[A-Za-z0-9_./:=,+@%^-]+")

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from meshwright.runtime.shape import ModelShape
 from meshwright.verify.small import Case, default_shape, shrink
 
 Floats = NDArray[np.float64]
-Dtype = Literal["float32", "float64"]
 
 STEPS = 3
 MOST_RANKS = 64

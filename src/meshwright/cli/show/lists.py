@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from meshwright.cli.show.terminal import WIDE, console, plain_table
 from meshwright.units import format_count, format_value
-
-if TYPE_CHECKING:
-    pass
 
 
 def show_groups(groups: Mapping[str, Sequence[Sequence[int]]]) -> None:

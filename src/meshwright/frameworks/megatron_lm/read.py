@@ -242,11 +242,6 @@ _DUMP_START: Final = re.compile(r"-{4,} arguments -{4,}")
 _DUMP_END: Final = re.compile(r"-{4,} end of arguments -{4,}")
 
 
-def is_dump(text: str) -> bool:
-    """Say whether a text holds the argument dump that Megatron-LM prints at its start."""
-    return _DUMP_START.search(text) is not None
-
-
 def read_dump(text: str) -> Reading:
     """Read the argument dump of a log: every argument as Megatron-LM used it."""
     reading = Reading()
