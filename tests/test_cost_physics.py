@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from meshwright.cost.blocks import op_seconds, pricing
+from meshwright.cost.blocks import context_parallel_s, op_seconds, pricing
 from meshwright.cost.comm import Span, all_reduce_s, network
 from meshwright.cost.compute import power_fraction, speeds
 from meshwright.cost.detail import Estimate, estimate
@@ -34,6 +34,7 @@ from meshwright.parallel.layout import CpComm, Recompute, Zero, layout, table
 
 LLAMA = load_model("llama3-8b")
 DEEPSEEK = load_model("deepseek-v3")
+RACK = load_cluster("64xGB200")
 SPLIT = "Et*7|(t*8|)*6t*6mL"
 
 
@@ -268,6 +269,20 @@ def test_levels_of_hierarchical_context_parallelism_move_its_price() -> None:
     assert both[8] < both[4]
     most_square = ring(16, 1, CpComm.a2a_p2p).time["cp_comm_s"]
     assert most_square == pytest.approx(both[4])
+
+
+def test_ranks_that_share_a_key_value_head_each_pass_it_on() -> None:
+    # Of 8 key-value heads 16 ranks hold one each, as 8 do.
+    x = table(
+        [layout(tp=tp, cp=2, gpus=64, mbs=16, cp_comm=CpComm.all_gather) for tp in (4, 8, 16)]
+    )
+    at = job()
+    p = pricing(slices(LLAMA, RACK, at, x), at, RACK, replace(fitted(), collective_s=0.0))
+    (op,) = (o for o in LLAMA.layer_kinds[0].ops if o.num_kv_heads)
+    (comm,) = (c for c in op.comm if c.kind == "cp_kv")
+    four, eight, sixteen = context_parallel_s(op, comm, np.zeros(3), p)[0]
+    assert four == pytest.approx(2.0 * eight, rel=0.1)
+    assert sixteen == eight
 
 
 def test_a_switch_that_reduces_halves_at_most_an_all_reduce_of_its_domain() -> None:

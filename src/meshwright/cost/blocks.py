@@ -102,7 +102,7 @@ def block_seconds(block: Block, p: Pricing) -> BlockSeconds:
             backward[:, CP] += merging
             backward[:, RECOMPUTE] += np.where(again, merging, 0.0)
         for comm in op.comm:
-            kind, comm_fwd, comm_bwd = comm_seconds(comm, fwd, p)
+            kind, comm_fwd, comm_bwd = comm_seconds(op, comm, fwd, p)
             forward[:, kind] += comm_fwd
             backward[:, kind] += comm_bwd
             backward[:, RECOMPUTE] += np.where(again, comm_fwd, 0.0)
@@ -428,7 +428,7 @@ def _unfused_attention(op: Op, heads: Floats, p: Pricing) -> tuple[Floats, Float
     return fwd, bwd, np.zeros_like(fwd)
 
 
-def comm_seconds(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[int, Floats, Floats]:
+def comm_seconds(op: Op, comm: Comm, beside_s: Floats, p: Pricing) -> tuple[int, Floats, Floats]:
     """Return (kind of work, exposed seconds forward, exposed seconds backward) of a communication.
 
     Tensor and expert parallelism: seconds * (1 - hidden fraction), with ``overlap_tp_comm`` (only
@@ -446,7 +446,7 @@ def comm_seconds(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[int, Floats,
         one_way = expert_parallel_s(comm, p)
         left = 1.0 - p.factors.ep_hidden_fraction * float(p.job.execution.overlap_ep_comm)
         return EP, one_way * left, one_way * left
-    fwd, bwd = context_parallel_s(comm, beside_s, p)
+    fwd, bwd = context_parallel_s(op, comm, beside_s, p)
     return CP, fwd, bwd
 
 
@@ -493,12 +493,13 @@ def expert_parallel_s(comm: Comm, p: Pricing) -> Floats:
             return all_to_all_s(local, s.spans.ep, p.net) + shared
 
 
-def context_parallel_s(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[Floats, Floats]:
+def context_parallel_s(op: Op, comm: Comm, beside_s: Floats, p: Pricing) -> tuple[Floats, Floats]:
     """Exposed seconds (forward, backward) of passing keys and values, heads or states around.
 
     Ring: (cp - 1) steps, twice the seconds backward, less the hidden fraction of the attention
     beside it. All-gather: once forward, twice backward; all-to-all of heads: once each way; a
-    state: one step each way. With ``a2a+p2p`` the ring joins the groups of the all-to-all.
+    state: one step each way. With ``a2a+p2p`` the ring joins the groups of the all-to-all. Where TP
+    has more ranks than there are key-value heads, each holds one head and passes it on.
     Ref: Liu et al., arXiv:2310.01889 (ring); Jacobs et al., arXiv:2309.14509 (heads).
     """
     s = p.slice
@@ -512,6 +513,7 @@ def context_parallel_s(comm: Comm, beside_s: Floats, p: Pricing) -> tuple[Floats
     if comm.kind == "cp_heads":
         once = all_to_all_s(local, inner, p.net) * is_all_to_all(s.cp_comm)
         return once, once
+    local = local * np.maximum(s.tp / max(op.num_kv_heads, 1), 1.0)
     ring = ring_steps(s) * ring_step_s(local, outer, p.net)
     ring_fwd = np.maximum(ring - hidden * beside_s, 0.0)
     ring_bwd = np.maximum(2.0 * ring - hidden * ratio * beside_s, 0.0)
