@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from meshwright.frameworks.megatron_lm.rules import (
     Rule,
@@ -13,26 +13,6 @@ from meshwright.frameworks.megatron_lm.rules import (
     indivisible,
     multiples_near,
 )
-
-
-def _weight_shards(s: Settings) -> dict[str, Any]:
-    shards: int | None = s.tensor_parallel_num_weight_shards
-    if shards is None:
-        shards = s.tp
-    return {
-        "tensor_parallel_num_weight_shards": shards,
-        "gtp_weight_remat_size": shards // s.tp,
-    }
-
-
-def _expert_weight_shards(s: Settings) -> dict[str, Any]:
-    shards: int | None = s.expert_tensor_parallel_num_weight_shards
-    if shards is None:
-        shards = s.etp
-    return {
-        "expert_tensor_parallel_num_weight_shards": shards,
-        "expert_gtp_weight_remat_size": shards // s.etp if s.etp else 1,
-    }
 
 
 def _uses_gtp(s: Settings) -> bool:
@@ -48,78 +28,61 @@ def _gtp_stream_groups(s: Settings) -> dict[str, Any]:
     return {"high_priority_stream_groups": groups}
 
 
-def _dense_shards(stage: str, line: int) -> tuple[Rule, ...]:
-    """Return the rules of the dense weights' shards, as ``stage`` asks them."""
+def _shards(stage: str, line: int, kind: Literal["", "expert_"] = "") -> tuple[Rule, ...]:
+    """Return the rules of the shards of dense weights, or of experts', as ``stage`` asks them."""
+    field, degree = f"{kind}tensor_parallel_num_weight_shards", "etp" if kind else "tp"
+    over = f"{kind.replace('_', ' ')}tensor parallelism"
+    whose = "Expert weights" if kind else "Weights"
+
+    def stated(s: Settings) -> int | None:
+        return getattr(s, field)
+
+    def derived(s: Settings) -> dict[str, Any]:
+        ranks: int = getattr(s, degree)
+        shards = stated(s)
+        shards = ranks if shards is None else shards
+        return {field: shards, f"{kind}gtp_weight_remat_size": shards // ranks if ranks else 1}
+
+    def too_few(s: Settings) -> bool:
+        shards = stated(s)
+        return shards is not None and shards < getattr(s, degree)
+
+    def indivisible_by(s: Settings) -> bool | dict[str, str]:
+        shards, ranks = stated(s), getattr(s, degree)
+        if shards is None or not indivisible(shards, ranks):
+            return False
+        return {"nearest": multiples_near(shards, ranks)} if ranks else {"nearest": "1 or more"}
+
     return (
         error(
             "MLM-MPC-shards_ge_tp",
             f"{stage}:{line}",
-            "tensor_parallel_num_weight_shards",
-            lambda s: (
-                s.tensor_parallel_num_weight_shards is not None
-                and s.tensor_parallel_num_weight_shards < s.tp
-            ),
-            "Weights are split at least over tensor parallelism: "
-            "{tensor_parallel_num_weight_shards} shards are fewer than tp = {tp}.",
-            "Use {tp} or a multiple of it, or leave it out.",
+            field,
+            too_few,
+            f"{whose} are split at least over {over}: {{{field}}} shards are fewer than "
+            f"{degree} = {{{degree}}}.",
+            f"Use {{{degree}}} or a multiple of it, or leave it out.",
             final=True,
         ),
         error(
             "MLM-MPC-shards_div_tp",
             f"{stage}:{line + 1}",
-            "tensor_parallel_num_weight_shards",
-            lambda s: (
-                s.tensor_parallel_num_weight_shards is not None
-                and s.tensor_parallel_num_weight_shards % s.tp
-                and {"nearest": multiples_near(s.tensor_parallel_num_weight_shards, s.tp)}
-            ),
-            "The weight shards must be a multiple of tp: {tensor_parallel_num_weight_shards} mod "
-            "{tp} is not 0.",
+            field,
+            indivisible_by,
+            f"Shards of {whose.lower()} must be a multiple of {degree}: {{{field}}} mod "
+            f"{{{degree}}} is not 0.",
             "Use {nearest}.",
             final=True,
         ),
-        derive(f"{stage}:{line + 2}", _weight_shards),
-    )
-
-
-def _expert_shards(stage: str, line: int) -> tuple[Rule, ...]:
-    """Return the rules of the experts' shards, as ``stage`` asks them."""
-    return (
-        error(
-            "MLM-MPC-shards_ge_tp",
-            f"{stage}:{line}",
-            "expert_tensor_parallel_num_weight_shards",
-            lambda s: (
-                s.expert_tensor_parallel_num_weight_shards is not None
-                and s.expert_tensor_parallel_num_weight_shards < s.etp
-            ),
-            "Expert weights are split at least over expert tensor parallelism: "
-            "{expert_tensor_parallel_num_weight_shards} shards are fewer than etp = {etp}.",
-            "Use {etp} or a multiple of it, or leave it out.",
-            final=True,
-        ),
-        error(
-            "MLM-MPC-shards_div_tp",
-            f"{stage}:{line + 1}",
-            "expert_tensor_parallel_num_weight_shards",
-            lambda s: (
-                s.expert_tensor_parallel_num_weight_shards is not None
-                and indivisible(s.expert_tensor_parallel_num_weight_shards, s.etp)
-            ),
-            "The expert weight shards must be a multiple of etp: "
-            "{expert_tensor_parallel_num_weight_shards} mod {etp} is not 0.",
-            "Use a multiple of {etp}.",
-            final=True,
-        ),
-        derive(f"{stage}:{line + 2}", _expert_weight_shards),
+        derive(f"{stage}:{line + 2}", derived),
     )
 
 
 RULES = (
-    *_dense_shards("validate_args", 425),
-    *_expert_shards("validate_args", 1500),
-    *_dense_shards("transformer_config", 510),
-    *_expert_shards("transformer_config", 513),
+    *_shards("validate_args", 425),
+    *_shards("validate_args", 1500, "expert_"),
+    *_shards("transformer_config", 510),
+    *_shards("transformer_config", 513, "expert_"),
     error(
         "MLM-ARG-gtp_fp4",
         "validate_args:1517",
