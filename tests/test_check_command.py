@@ -407,3 +407,22 @@ def test_the_gpu_that_a_script_asks_slurm_for_is_the_one_that_rules_ask_about(
         result = check(script)
         assert result.cluster is not None
         assert ("MLM-ARG-conn" in {f.id for f in result.findings}) is refused
+
+
+def test_a_rule_of_older_gpus_says_that_the_gpu_decides_where_none_is_known() -> None:
+    words = megatron("--tensor-model-parallel-size 2 --sequence-parallel")
+    launch = ["torchrun", "--nproc-per-node", "8", *words]
+    told = {
+        cluster: {f.id: f.message for f in check(launch, cluster=cluster).findings}
+        for cluster in (None, "8xH100", "8xB200")
+    }
+    assert "--cluster decides" in told[None]["MLM-ARG-conn"]
+    assert "--cluster decides" not in told["8xH100"]["MLM-ARG-conn"]
+    assert "MLM-ARG-conn" not in told["8xB200"]
+
+
+def test_what_every_gpu_refuses_asks_for_none() -> None:
+    words = megatron("--tensor-model-parallel-size 3")
+    result = check(["torchrun", "--nproc-per-node", "8", *words])
+    (told,) = [f.message for f in result.findings if f.id == "MLM-ARG-world_div"]
+    assert "--cluster" not in told

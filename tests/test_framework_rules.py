@@ -286,3 +286,13 @@ def test_what_is_taken_for_granted_of_a_recipe_is_nothing_to_warn_of() -> None:
     assert not warned & {"MB-CFG-opg_sync", "MB-CFG-distopt_sync", "MLM-TC-router_dtype"}
     said = [*recipe, "ddp.overlap_param_gather=true", "optimizer.overlap_param_gather=false"]
     assert "MB-CFG-opg_sync" in {f.id for f in check(said, gpus=64).findings}
+
+
+@pytest.mark.parametrize(("asked", "severity"), [("true", "note"), ("false", "warning")])
+def test_an_overlap_that_is_overwritten_is_warned_of_and_an_unset_size_is_not(
+    asked: str, severity: str
+) -> None:
+    words = f"comm_overlap.tp_comm_overlap=false ddp.overlap_grad_reduce={asked}"
+    found = check(bridge("llama3_8b_pretrain", words), gpus=8).findings
+    (told,) = [f for f in found if f.id == "MB-OVL-dp_defaults"]
+    assert told.severity == severity

@@ -122,7 +122,26 @@ def check(
     facts = {**_facts_of(asked_for), **env}
     if facts != env:
         launch = read_launch(source, gpus=gpus, framework=framework, env=facts)
+    elif _CAPABILITY not in env and any(f.severity == "error" for f in launch.findings):
+        newer = read_launch(source, gpus=gpus, framework=framework, env={**env, **_BLACKWELL})
+        launch = replace(launch, findings=_on_some_gpu(launch.findings, newer.findings))
     return check_launch_read(launch, asked_for)
+
+
+_CAPABILITY: Final = "site.device_capability"
+_BLACKWELL: Final = {_CAPABILITY: [10, 0]}
+
+
+def _on_some_gpu(older: Iterable[Finding], newer: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Return the findings of Hopper where the GPU is not known: what Blackwell takes says so."""
+    on_both = {f.id for f in newer if f.severity == "error"}
+    unknown = "Which GPU it runs on is not known: Blackwell would start, --cluster decides."
+    return tuple(
+        replace(f, message=f"{f.message} {unknown}")
+        if f.severity == "error" and f.id not in on_both
+        else f
+        for f in older
+    )
 
 
 def _facts_of(machine: Cluster | None) -> dict[str, object]:
@@ -132,7 +151,7 @@ def _facts_of(machine: Cluster | None) -> dict[str, object]:
     major, dot, minor = machine.gpu.compute_capability.partition(".")
     if not (dot and major.isdecimal() and minor.isdecimal()):
         return {}
-    return {"site.device_capability": [int(major), int(minor)]}
+    return {_CAPABILITY: [int(major), int(minor)]}
 
 
 def check_launch_read(launch: Launch, cluster: Cluster | None = None) -> CheckResult:

@@ -68,6 +68,16 @@ def _data_parallel(s: Settings) -> dict[str, Any] | None:
     }
 
 
+_BUCKETS = frozenset({"ddp_bucket_size", "align_param_gather"})
+
+
+def _overlaps(s: Settings) -> dict[str, Any] | None:
+    """Return what changes unless it is only how buckets are cut, which nobody had chosen."""
+    new = _data_parallel(s) or dict[str, Any]()
+    changed = {name for name, value in new.items() if getattr(s, name) != value}
+    return None if changed <= _BUCKETS - s.given else new
+
+
 RULES = (
     change(
         "MB-OVL-tp_small",
@@ -171,10 +181,20 @@ RULES = (
         "MB-OVL-dp_defaults",
         "comm_overlap:577",
         "ddp_bucket_size",
-        _data_parallel,
+        _overlaps,
         "The overlap section sets buckets and overlaps of data parallelism: on, with 128 Mi "
         "elements a bucket, when dp > 1 (dp = {dp}).",
         "Set them in comm_overlap; those of ddp are overwritten.",
+    ),
+    change(
+        "MB-OVL-dp_defaults",
+        "comm_overlap:577.5",
+        "ddp_bucket_size",
+        _data_parallel,
+        "The overlap section sets buckets of 128 Mi elements for data parallelism (dp = {dp}), and "
+        "aligns the gathering of parameters over interleaved stages.",
+        "Set comm_overlap.bucket_size or align_param_gather for others.",
+        severity="note",
     ),
     derive("comm_overlap:600", lambda s: {"comm_overlap_applied": _on(s)}),
 )

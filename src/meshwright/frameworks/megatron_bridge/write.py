@@ -12,7 +12,7 @@ from meshwright.frameworks.carried import PLAN, Place, Unexpanded, Values, joine
 from meshwright.frameworks.megatron_bridge.read import TITLE, shape_overrides, text_of
 from meshwright.frameworks.megatron_bridge.settings import settings
 from meshwright.frameworks.megatron_lm.arguments import by_name
-from meshwright.frameworks.words import job_words, layout_words
+from meshwright.frameworks.words import DEGREES, job_words, layout_words
 from meshwright.frameworks.words_model import unwritable
 from meshwright.frameworks.written import (
     Target,
@@ -232,9 +232,9 @@ def _overrides(words: dict[str, Any], target: Target) -> dict[str, Any]:
     if target.layout.vpp == 1:
         # Without interleaving Bridge refuses a switch that would do nothing.
         words["overlap_p2p_comm"] = False
-    elif target.layout.pipeline_layout is not None and words.get("overlap_p2p_comm"):
-        # Bridge chooses batches before it has counted the chunks of a layout string.
-        found["comm_overlap.batch_p2p_comm"] = False
+    elif target.layout.pipeline_layout is not None:
+        # Overlaps are set up before Bridge has counted the chunks of a layout string.
+        words[DEGREES["vpp"]] = target.layout.vpp
     for word, value in words.items():
         for path in _ELSEWHERE.get(word, (f"model.{word}",)):
             if _differs(path, value):
