@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -176,6 +178,30 @@ def test_a_checkpoint_cut_in_the_middle_is_named(tmp_path: Path) -> None:
         _run(replace(settings, steps=9))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state.json", b"[]"),
+        ("state.json", b'{"step": 1}'),
+        ("state.json", b'{"step": 1, "samples": null, "optimizer_steps": 1}'),
+        ("state.json", b'{"step": -1, "samples": 8, "optimizer_steps": 1}'),
+        (".metadata", b"hello"),
+        (".metadata", pickle.dumps(3)),
+        ("__0_0.distcp", b""),
+    ],
+)
+def test_a_damaged_file_of_a_checkpoint_is_told_in_a_line(
+    file: str, content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = _settings("tp=1", checkpoints=str(tmp_path), steps=1)
+    train(settings)
+    (complete_checkpoints(tmp_path)[-1] / file).write_bytes(content)
+    with pytest.raises(DocumentError, match=r"step-00000001.*It is damaged: \S") as told:
+        train(replace(settings, steps=2))
+    assert len(str(told.value)) < 400
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     settings = _settings("tp=1", checkpoints=str(tmp_path), steps=1)
     train(settings)
@@ -188,6 +214,18 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DocumentError, match="could not be written"):
         train(_settings("tp=1", checkpoints=str(tmp_path / "file"), steps=1))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "save_weights"])
+def test_a_folder_that_could_not_be_written_in_the_end_is_told_before_the_first_step(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    metrics = tmp_path / "metrics.jsonl"
+    settings = _settings("dp=2", metrics=str(metrics), **{name: str(tmp_path / "file")})
+    with pytest.raises(DocumentError, match=f"train.{name} = .*could not be written"):
+        _run(settings)
+    assert not metrics.exists()
 
 
 def test_a_gradient_that_stays_not_finite_ends_the_run() -> None:
@@ -397,6 +435,9 @@ def test_a_dataset_of_text_trains_alike_under_two_layouts(
     ("changes", "field"),
     [
         ({"steps": 0}, "train.steps"),
+        ({"seed": -1}, "train.seed"),
+        ({"min_lr": 0.1}, "train.min_lr"),
+        ({"shape": replace(STRUCTURES["lora"], lora_alpha=math.nan)}, "train.lora_alpha"),
         ({"dtype": "fp8"}, "train.dtype"),
         ({"save_every": 2}, "train.save_every"),
         ({"valid_batches": 0}, "train.valid_batches"),

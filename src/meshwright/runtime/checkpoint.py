@@ -311,8 +311,14 @@ def _reason(failure: BaseException) -> str:
     inner = cast("Mapping[int, Any]", getattr(failure, "failures", None) or {})
     for rank, wrapped in inner.items():
         cause = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-        return f"rank {rank}: {cause}"
-    return str(failure) or type(failure).__name__
+        return f"rank {rank}: {_first_words(cause)}"
+    return _first_words(failure)
+
+
+def _first_words(cause: object) -> str:
+    """Return what an error says before it explains itself; its kind if it says nothing."""
+    lines = str(cause).strip().splitlines()
+    return lines[0].split(". ")[0].rstrip(".") if lines else type(cause).__name__
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -329,10 +335,13 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
     Raises ``DocumentError`` when the checkpoint is damaged or of another model.
     """
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = _read_state(path)
+        reader = FileSystemReader(path)
+        # PyTorch would print a traceback before it raises.
+        reader.read_metadata()
         load(
             {},
-            storage_reader=FileSystemReader(path),
+            storage_reader=reader,
             planner=_LoadPlanner(engine_shards(engine, written=False)),
             no_dist=_is_alone(engine),
         )
@@ -343,6 +352,8 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
         ValueError,
         RuntimeError,
         EOFError,
+        AttributeError,
+        LookupError,
         pickle.UnpicklingError,
         CheckpointException,
     ) as error:
@@ -352,6 +363,17 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
             f"It is damaged: {_reason(error)}.",
             "Remove this folder; the checkpoint before it will be used.",
         ) from None
-    engine.optimizer.steps = int(state["optimizer_steps"])
+    engine.optimizer.steps = state["optimizer_steps"]
     engine.dp.publish(frozen=True)
-    return cast("dict[str, Any]", state)
+    return state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of the run. Raises ``ValueError`` if it does not."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    known = cast("dict[str, Any]", state if isinstance(state, dict) else {})
+    for key in ("step", "samples", "optimizer_steps"):
+        value = known.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{STATE} has {key} = {value!r}, which is no count")
+    return known

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -51,6 +52,7 @@ def check_settings(settings: TrainSettings) -> None:
 
 def _check_numbers(settings: TrainSettings) -> None:
     least = {
+        "seed": 0,
         "steps": 1,
         "log_every": 1,
         "valid_batches": 1,
@@ -72,6 +74,12 @@ def _check_numbers(settings: TrainSettings) -> None:
     ):
         if not 0 <= value < math.inf:
             raise JobError(f"train.{name}", value, "It is a finite number, 0 or more.", "Use 0.")
+    if settings.min_lr > given.lr and settings.decay != "constant":
+        rule = f"The rate falls from lr = {given.lr:g} to it."
+        raise JobError("train.min_lr", settings.min_lr, rule, f"Use {given.lr:g} or less.")
+    alpha = settings.shape.lora_alpha
+    if settings.shape.lora_rank and not 0 < alpha < math.inf:
+        raise JobError("train.lora_alpha", alpha, "It is a finite number above 0.", "Use 16.")
 
 
 def _check_profile(settings: TrainSettings) -> None:
@@ -111,6 +119,7 @@ def train(settings: TrainSettings) -> TrainReport:
 def train_rank(rank: int, settings: TrainSettings) -> TrainReport:
     """Train as one rank of a world that has already met."""
     _check_same_settings(settings)
+    _check_folders(rank, settings)
     device = _device()
     engine = Engine(
         settings.shape,
@@ -130,6 +139,23 @@ def train_rank(rank: int, settings: TrainSettings) -> TrainReport:
     settings = replace(settings, peak_flops_per_s=_peak_flops_per_s(settings, device))
     with Log(settings, engine) as log, _stop_signals(log) as signalled:
         return Run(settings, engine, log, signalled).run()
+
+
+def _check_folders(rank: int, settings: TrainSettings) -> None:
+    """Raise ``DocumentError`` now for a folder that could not be written at the end."""
+    if rank:
+        return
+    for name in ("checkpoints", "save_weights"):
+        folder = getattr(settings, name)
+        if folder is None:
+            continue
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            rule = f"It could not be written: {error.strerror or error}."
+            raise DocumentError(f"train.{name}", folder, rule, "Name another folder.") from None
 
 
 def _device() -> torch.device:

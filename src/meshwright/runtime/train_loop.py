@@ -92,7 +92,7 @@ class Run:
         found = complete_checkpoints(Path(folder)) if folder is not None else []
         if found:
             state = load_checkpoint(self.engine, found[-1])
-            self.step, self.seen, self.saved = int(state["step"]), int(state["samples"]), found[-1]
+            self.step, self.seen, self.saved = state["step"], state["samples"], found[-1]
             self.log.say(f"resumed from {found[-1]} after step {self.step}")
             for key, now in _lasting(settings).items():
                 if key in state and state[key] != now:
