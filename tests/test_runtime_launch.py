@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -153,3 +154,25 @@ def test_a_rank_that_ended_after_others_were_gone_is_not_the_culprit() -> None:
     store.set("meshwright/lost/0", "Connection closed by peer")
     found = launch._who_failed(store, 3, 5.0)
     assert found == (2, "its process is gone (killed, or out of memory)")
+
+
+def test_a_port_where_something_else_listens_is_given_up_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        told = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in told.items():
+            monkeypatch.setenv(name, str(value))
+        start_s = time.monotonic()
+        with (
+            pytest.raises(LaunchError, match=f"no answer from 127.0.0.1:{port} in 1 s"),
+            join_torchrun(2, 1.0),
+        ):
+            pass
+        assert time.monotonic() - start_s < 10
+    # Other tests fork, which they may not do beside a thread.
+    for thread in threading.enumerate():
+        if thread.name == "rendezvous":
+            thread.join(10)

@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator
@@ -232,7 +233,7 @@ def _meet(rank: int, world_size: int, backend: str, timeout_s: float) -> Store:
     """Meet the others at the address that torchrun told, and leave word of where this rank runs."""
     timeout = timedelta(seconds=timeout_s)
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        store = _rendezvous(timeout_s)
         store.set_timeout(timeout)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
@@ -244,6 +245,30 @@ def _meet(rank: int, world_size: int, backend: str, timeout_s: float) -> Store:
         remedy = "Check that every rank started, and that MASTER_PORT is free."
         raise LaunchError("rank", rank, rule, remedy) from None
     return store
+
+
+def _rendezvous(timeout_s: float) -> Store:
+    """Return the store at the address that torchrun told. Raises ``RuntimeError`` when it fails.
+
+    Connected to a port where something else listens, PyTorch waits for ever.
+    """
+    found: list[Store | BaseException] = []
+
+    def meet() -> None:
+        try:
+            found.append(next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0])
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=meet, name="rendezvous", daemon=True)
+    thread.start()
+    thread.join(timeout_s + GRACE_S)
+    if not found:
+        where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise RuntimeError(f"no answer from {where} in {timeout_s:g} s")
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
 
 
 def _tell(store: Store, rank: int, cause: str, *, lost: bool = False) -> None:
