@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: plan test check format bench clean
+.PHONY: plan test check format clean
 
 plan: $(VENV)/installed  ## set everything up and plan a real model
 	$(BIN)/meshwright plan llama3-70b 64xH100 --seq-len 8192 --global-batch-size 512

@@ -29,7 +29,10 @@ def calibrate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Fit a cluster's own factors to runs measured on it, and write the cluster."""
+    """Fit a cluster's own factors to runs measured on it.
+
+    The cluster is written with them as a TOML file, which every command takes as CLUSTER.
+    """
     import json
     from datetime import date
 

@@ -133,7 +133,9 @@ def train(
     ] = 600.0,
     json: AsJson = False,
 ) -> None:
-    """Train: in one process, or as a rank of torchrun (torchrun ... -m meshwright train ...).
+    """Train a model, in one process or as a rank of torchrun.
+
+    Several ranks: torchrun --nproc-per-node 4 -m meshwright train MODEL --layout "tp=2 pp=2".
 
     Log lines (a bar, where a person watches) go to standard error, the report of --json to
     standard output. SIGTERM and Ctrl-C save after the step under way; the same command with the
