@@ -15,7 +15,14 @@ from meshwright.cost.columns import Floats
 from meshwright.cost.factors import Factors, factors_of
 from meshwright.describe.cluster import Cluster, build_cluster
 from meshwright.errors import DocumentError, MeshwrightError
-from meshwright.fit.fitting import Measured, fit, log_errors, value_of, with_values
+from meshwright.fit.fitting import (
+    Measured,
+    fit,
+    log_errors,
+    predicted_s,
+    value_of,
+    with_values,
+)
 from meshwright.fit.measured import TIME, measured, unusable
 from meshwright.fit.rows import read_row
 from meshwright.fit.summary import is_inconsistent
@@ -25,6 +32,9 @@ OWN = ("clock_fraction", "link_fraction", "network_fraction", "host_op_s")
 
 SMALLEST_CHANGE = 0.002
 """A factor that moves by less, relatively, was not informed and is not written."""
+
+MOST_OFF = 5.0
+"""No cluster makes a run so many times slower or faster: another unit or setting is meant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +66,12 @@ def calibrate(
     The runs are priced on the cluster's GPU and links, each with its own number of GPUs. Raises
     ``DocumentError`` when no row is a run of this cluster with a step time.
     """
+    start = _start(cluster)
     runs: list[Measured] = []
     left_out: dict[int, str] = {}
     for place, row in enumerate(rows, start=1):
         try:
-            runs.append(_measured_on(cluster, row, models))
+            runs.append(_measured_on(cluster, row, models, start))
         except MeshwrightError as error:
             left_out[place] = str(error)
     if not runs:
@@ -68,7 +79,6 @@ def calibrate(
         rule = f"At least one row is a run on {cluster.gpu.name} with a step time. First: {first}"
         raise DocumentError("measurements", len(rows), rule, "Give runs of this cluster.")
     names = [n if n != "clock_fraction" else f"{n}.{cluster.gpu.name}" for n in OWN]
-    start = _start(cluster)
     found = fit(runs, start, names, progress=progress)
     changes: dict[str, tuple[float, float]] = {}
     for own, name in zip(OWN, names, strict=True):
@@ -94,7 +104,9 @@ def _start(cluster: Cluster) -> Factors:
     return with_values(factors, {f"clock_fraction.{cluster.gpu.name}": clock})
 
 
-def _measured_on(cluster: Cluster, row: Mapping[str, str], models: Mapping[str, Any]) -> Measured:
+def _measured_on(
+    cluster: Cluster, row: Mapping[str, str], models: Mapping[str, Any], factors: Factors
+) -> Measured:
     """Return a row's run, priced on the cluster. Raises ``MeshwrightError``."""
     run = read_row(row, models)
     if run.cluster.gpu.name != cluster.gpu.name:
@@ -116,4 +128,10 @@ def _measured_on(cluster: Cluster, row: Mapping[str, str], models: Mapping[str, 
     links = {name: getattr(cluster, name) for name in ("intra_node", "inter_node", "host")}
     domain = min(cluster.nvlink_domain, size)
     machines = replace(machines, **links, nvls=cluster.nvls, nvlink_domain=domain)
-    return Measured(replace(run, cluster=machines), step_time_s)
+    found = Measured(replace(run, cluster=machines), step_time_s)
+    expected_s = predicted_s(found.run, factors)
+    if not 1.0 / MOST_OFF <= step_time_s / expected_s <= MOST_OFF:
+        rule = f"A step of this run takes {expected_s:.4g} s, within {MOST_OFF:g} times."
+        remedy = "Give it in seconds, and the settings that it was measured with."
+        raise DocumentError("step_time_best_s", step_time_s, rule, remedy)
+    return found
