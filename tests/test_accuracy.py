@@ -86,6 +86,14 @@ def test_what_may_not_be_read_changes_no_prediction() -> None:
         assert len({(p.step_time_s, p.peak_bytes) for p in found}) == 1, cells["id"]
 
 
+def test_a_group_of_more_micro_batches_than_there_are_is_all_of_them() -> None:
+    def of(size: float) -> float | None:
+        words = settings(microbatch_group_size_per_virtual_pipeline_stage=size)
+        return one(other_settings=words).step_time_s
+
+    assert of(1e300) == of(10**30) == of(16) is not None
+
+
 def test_measured_values_inside_other_settings_are_dropped() -> None:
     s = read_settings(
         row(

@@ -91,7 +91,8 @@ def _sequence_parallel(s: Settings, framework: Framework, tp: int) -> bool:
 
 
 def _group_size(s: Settings, d: Degrees) -> int:
-    size = s.whole(*GROUP_SIZE)
+    # A group has no more micro-batches than there are.
+    size = min(s.whole(*GROUP_SIZE), max(d.gbs // (d.mbs * d.dp), d.pp))
     return size if d.vpp > 1 and size >= d.pp else 0
 
 
