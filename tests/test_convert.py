@@ -154,3 +154,14 @@ def test_a_plan_is_converted_like_a_launch(tmp_path: Path) -> None:
     done = convert(plan, "megatron-bridge")
     assert done.layout.world_size == 8
     assert "train.global_batch_size=64" in done.files["run.sh"]
+
+
+@pytest.mark.parametrize("to", ["megatron-bridge", "nemo", "torchtitan"])
+def test_gradients_in_16_bits_are_named_where_they_are_not_carried(to: str) -> None:
+    flags = "--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --seq-length 4096"
+    flags += " --max-position-embeddings 4096 --micro-batch-size 1 --global-batch-size 64 --bf16"
+    start = ["torchrun", "--nproc-per-node", "8", "pretrain_gpt.py", *flags.split()]
+    changes = ["zero=optim_grads_params"] if to == "torchtitan" else []
+    for given in ([], ["--grad-reduce-in-bf16"]):
+        notes = convert([*start, *given], to, model="llama3-8b", changes=changes).notes
+        assert any("gradients in 16 bits" in note for note in notes) is bool(given)

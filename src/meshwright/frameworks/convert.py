@@ -164,6 +164,14 @@ def _notes(read: CheckResult, known: Known, to: str, carried: Carried) -> list[s
     source = TITLES[read.launch.framework]
     notes += [f"{name}: on by {source}'s default only; left off" for name in _unchosen(read, to)]
     notes += [f"not carried: {line}" for line in carried.lost]
+    reduced = read.launch.settings.get("grad_reduce_in_bf16")
+    if reduced is not None and reduced.value and to != "megatron-lm":
+        how = "set grad_reduce_in_fp32=False where its precision is made"
+        how = "training.mixed_precision_reduce sets it" if to == "torchtitan" else how
+        notes.append(
+            f"not carried: gradients in 16 bits ({reduced.origin}): {TITLES[to]} keeps them in"
+            f" fp32; {how}"
+        )
     if not read.ok:
         first = next(f for f in read.findings if f.severity == "error")
         notes.append(f"The launch that was read would not start: {first.message}")
