@@ -117,7 +117,7 @@ def _tables(tables: Mapping[str, Any], columns: int) -> Iterator[str]:
     yield ""
     yield (
         f"{'predicted / measured - 1':<{width}} {'rows':>5} {'bias':>7} {'median':>7} {'p90':>7} "
-        f"{'mean':>7} {'covers':>6}"
+        f"{'mean':>7} {'priced':>6}"
     )
     yield _line("all", tables["all"], width)
     for key, table in tables.items():

@@ -10,23 +10,34 @@ from meshwright.fit.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Framework:
-    """Defaults of a training framework for settings that a row leaves out."""
+    """Defaults of a training framework for settings that a row leaves out.
+
+    Fields without a line of their own mean what they do in ``describe.job`` or in a layout.
+    """
 
     name: str
     overlap: bool = True
+    """Gradients are reduced and weights gathered beside compute."""
     overlap_tp: bool = False
+    """Tensor-parallel communication runs beside compute."""
+    overlap_pp: bool = True
+    """Messages between stages run beside compute."""
     fused_kernels: bool = True
     cross_entropy: CrossEntropy = "in_place"
     reduces_in_fp32: bool = True
+    """Gradients are reduced in fp32, not in 16 bit."""
     fused_wgrad_accumulation: bool = True
     sequence_parallel: bool = True
+    """Where tp > 1."""
     distributed_optimizer: bool = True
+    """What ``zero=optim`` shards is sharded."""
     expert_tensor_is_tensor: bool = False
+    """etp is tp unless it is stated."""
     cp_comm: str = "p2p"
     flash_attention: bool = True
-    overlap_pp: bool = True
     tuned_attention: bool = True
     gathers_once: bool = False
+    """In a pipeline weights are gathered once a step, also where they are sharded (FSDP2)."""
     blocking_checkpoints: bool = False
     scatters_messages: bool = False
     recompute: str = "none"
@@ -34,8 +45,12 @@ class Framework:
     gathers_from_master: bool = False
     bucket_bytes: float = 0.0
     microbatch_for_each_stage: bool = False
+    """A pipeline cuts a rank's batch into as many micro-batches as it has stages."""
 
 
+MEGATRON_LM = Framework(name="megatron-lm", overlap=False, expert_tensor_is_tensor=True)
+USUAL = Framework(name="megatron-bridge", cross_entropy="vendor", reduces_in_fp32=False)
+"""A row that names no framework is read as Megatron-Bridge, a tuned Megatron-Core run."""
 FRAMEWORKS = (
     Framework(
         name="torchtitan",
@@ -84,10 +99,9 @@ FRAMEWORKS = (
         reduces_in_fp32=False,
         expert_tensor_is_tensor=True,
     ),
-    Framework(name="megatron-lm", overlap=False, expert_tensor_is_tensor=True),
-    Framework(name="megatron-bridge", cross_entropy="vendor", reduces_in_fp32=False),
+    MEGATRON_LM,
+    USUAL,
 )
-"""Known frameworks; a row that names none is read as Megatron-Bridge, a tuned Megatron-Core run."""
 
 
 def framework_of(settings: Settings) -> Framework:
@@ -97,7 +111,7 @@ def framework_of(settings: Settings) -> Framework:
         if known.name in named:
             return known
     if named.startswith("megatron") or settings.section("args"):
-        return next(f for f in FRAMEWORKS if f.name == "megatron-lm")
+        return MEGATRON_LM
     if named:
-        settings.assumed.append(f"framework {named!r} is read as megatron-bridge")
-    return FRAMEWORKS[-1]
+        settings.assumed.append(f"framework {named!r} is read as {USUAL.name}")
+    return USUAL
