@@ -54,23 +54,12 @@ def layout(
     if vpp is None:
         vpp = _chunks(pp, pipeline_layout, schedule)
     if dp is None:
-        unit = tp * cp * pp
-        dp = (gpus or minimum_world_size(tp, cp, pp, ep, etp)) // unit
-        if gpus is not None:
-            check_world_size(gpus, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
-    world = tp * cp * dp * pp
-    if gpus is not None and gpus % dp:
-        rule = f"Groups of dp have equal size, so it must divide the {gpus} GPUs."
-        near = " or ".join(f"dp={d}" for d in nearest_divisors(gpus, dp))
-        raise LayoutError("layout.dp", dp, rule, f"Leave dp out, or use {near}.")
-    if gpus is not None and gpus != world:
-        raise LayoutError(
-            "layout.dp",
-            dp,
-            f"tp*cp*dp*pp = {tp}*{cp}*{dp}*{pp} = {world} is not the {gpus} GPUs given.",
-            f"Leave dp out, or use dp={gpus // (tp * cp * pp)}." if gpus >= tp * cp * pp else "",
-        )
-    check_world_size(world, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
+        world = minimum_world_size(tp, cp, pp, ep, etp) if gpus is None else gpus
+        check_world_size(world, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
+        dp = world // (tp * cp * pp)
+    elif gpus is not None:
+        _check_dp(dp, gpus, tp, cp, pp)
+    check_world_size(tp * cp * dp * pp, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
     if (dp * cp) % dp_replicate:
         raise LayoutError(
             "layout.dp_replicate",
@@ -107,6 +96,22 @@ def layout(
         pipeline_layout=pipeline_layout,
         hierarchical_cp=hierarchical_cp,
     )
+
+
+def _check_dp(dp: int, gpus: int, tp: int, cp: int, pp: int) -> None:
+    """Raise ``LayoutError`` unless the degrees of the dense mesh make ``gpus``."""
+    if gpus % dp:
+        rule = f"Groups of dp have equal size, so it must divide the {gpus} GPUs."
+        near = " or ".join(f"dp={d}" for d in nearest_divisors(gpus, dp))
+        raise LayoutError("layout.dp", dp, rule, f"Leave dp out, or use {near}.")
+    unit = tp * cp * pp
+    if gpus != unit * dp:
+        raise LayoutError(
+            "layout.dp",
+            dp,
+            f"tp*cp*dp*pp = {tp}*{cp}*{dp}*{pp} = {unit * dp} is not the {gpus} GPUs given.",
+            f"Leave dp out, or use dp={gpus // unit}." if gpus >= unit else "",
+        )
 
 
 def _chunks(pp: int, pipeline_layout: str | None, schedule: Pipeline | None) -> int:
