@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from meshwright.describe.models import build_model
 from meshwright.errors import DocumentError
 from meshwright.parallel.layout import from_text
+from meshwright.runtime import weights
 from meshwright.runtime.engine import Engine, Settings
 from meshwright.runtime.launch import run_ranks
 from meshwright.runtime.legality import check_runnable
@@ -313,6 +314,34 @@ def test_quantised_weights_are_refused_and_not_read_without_their_scales(tmp_pat
         _logits(0, "tp=1", str(tmp_path), "")
 
 
+def test_weights_of_whole_numbers_are_refused(tmp_path: Path) -> None:
+    _reference("llama", {}, tmp_path)
+    held = load_file(tmp_path / SINGLE)
+    name = "model.layers.1.mlp.up_proj.weight"
+    held[name] = held[name].to(torch.int8)
+    save_file(held, tmp_path / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(DocumentError, match=f"{name}.*quantised"):
+        _logits(0, "tp=1", str(tmp_path), "")
+
+
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        ([], "not an index"),
+        ({"weight_map": 3}, "not an index"),
+        ({"weight_map": [1, 2]}, "not an index"),
+        ({"weight_map": {"model.norm.weight": 3}}, "not an index"),
+        ({"weight_map": {"model.embed_tokens.weight": "other.safetensors"}}, "says that other"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_told(index: object, told: str, tmp_path: Path) -> None:
+    _reference("llama", {}, tmp_path)
+    save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
+    (tmp_path / weights.INDEX).write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(DocumentError, match=told):
+        _logits(0, "tp=1", str(tmp_path), "")
+
+
 def test_a_checkpoint_cut_in_the_middle_is_named(tmp_path: Path) -> None:
     _reference("llama", {}, tmp_path)
     file = tmp_path / SINGLE
@@ -350,3 +379,23 @@ def test_saved_weights_hold_the_low_rank_changes(tmp_path: Path) -> None:
     again = transformers.AutoModelForCausalLM.from_pretrained(saved, torch_dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(_tokens()).logits, adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(10_000, 10**9), (10**9, 10_000)], ids=["fewer", "more"])
+def test_weights_saved_over_others_in_files_of_other_sizes_are_those_that_are_read(
+    sizes: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _reference("llama", {}, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    shape, saved = shape_of(build_model(config), config), tmp_path / "saved"
+    for seed, most_bytes in enumerate(sizes):
+        monkeypatch.setattr(weights, "MOST_FILE_BYTES", most_bytes)
+        engine = Engine(shape, from_text("tp=1"), Settings(seq_len=SEQ_LEN, gbs=1, seed=seed))
+        save_weights(engine, saved, config)
+    expected = engine.logits(_tokens())
+    assert expected is not None
+    load_weights(engine, saved)
+    assert torch.equal(expected, engine.logits(_tokens()))
+    again = transformers.AutoModelForCausalLM.from_pretrained(saved, torch_dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(_tokens()).logits, expected, rtol=1e-4, atol=1e-4)

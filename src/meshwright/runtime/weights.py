@@ -36,10 +36,11 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MOST_FILE_BYTES = 5 * 10**9
 """A file of written weights is closed at this size, as ``transformers`` does."""
-
-
 _QUANTISED = ("_scale_inv", "_blocks", "_scale", "_packed")
 """What stands behind a name where the tensor is in 8 or 4 bit: FP8 by blocks, MXFP4 and others."""
+
+_WHOLE_NUMBERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
+"""Dtypes, in the words of safetensors, that weights have only when they are quantised."""
 
 
 class Checkpoint:
@@ -58,7 +59,9 @@ class Checkpoint:
         index, single = self.folder / INDEX, self.folder / SINGLE
         if index.is_file():
             try:
-                found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                if not all(isinstance(x, str) for pair in found.items() for x in pair):
+                    raise TypeError
             except (OSError, ValueError, KeyError, TypeError):
                 raise DocumentError(
                     "weights", str(index), "It is not an index of safetensors.", "Copy it again."
@@ -89,7 +92,14 @@ class Checkpoint:
     def read(self, place: Stored, part: tuple[slice, ...]) -> Tensor:
         """Return a part of a matrix (or vector) of ours."""
         name = self._found(place.name)
-        found = self._open(self.file_of[name]).get_slice(name)
+        file = self.file_of[name]
+        try:
+            found = self._open(file).get_slice(name)
+        except SafetensorError:
+            rule = f"The index says that {file} holds it, which it does not."
+            raise DocumentError("weights", name, rule, "Copy both again.") from None
+        if found.get_dtype() in _WHOLE_NUMBERS:
+            raise _quantised(name)
         if tuple(found.get_shape()) != place.shape:
             raise DocumentError(
                 "weights",
@@ -105,12 +115,7 @@ class Checkpoint:
     def _found(self, name: str) -> str:
         """Return what the checkpoint calls a tensor."""
         if any(f"{name}{mark}" in self.name_of for mark in _QUANTISED):
-            raise DocumentError(
-                "weights",
-                name,
-                "Its values are quantised and stored beside their scales.",
-                "Save it in bfloat16 with transformers (dequantize=True) and read that.",
-            )
+            raise _quantised(name)
         if name in self.name_of:
             return self.name_of[name]
         raise DocumentError(
@@ -121,6 +126,15 @@ class Checkpoint:
             if "eh_proj" in name or "enorm" in name
             else "Give the config.json that belongs to the weights.",
         )
+
+
+def _quantised(name: str) -> DocumentError:
+    return DocumentError(
+        "weights",
+        name,
+        "Its values are quantised and stored beside their scales.",
+        "Save it in bfloat16 with transformers (dequantize=True) and read that.",
+    )
 
 
 def _text_name(name: str) -> str:
@@ -325,6 +339,8 @@ class _Writer:
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         if count == 1:
             names = [SINGLE]
+        # Of an earlier checkpoint here; readers differ in which of the two they look for first.
+        (self.folder / (INDEX if count == 1 else SINGLE)).unlink(missing_ok=True)
         for number, name in enumerate(names, start=1):
             os.replace(self.folder / f"model-{number:05d}.part", self.folder / name)
         if count > 1:
