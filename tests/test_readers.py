@@ -574,3 +574,29 @@ def test_a_number_that_is_none_is_told_where_it_is_no_degree_too() -> None:
 def test_one_setting_of_a_stated_framework_is_a_launch() -> None:
     launch = read_launch(["trainer.nnodes=2"], framework="verl")
     assert launch.gpus == 16
+
+
+@pytest.mark.parametrize(
+    ("framework", "path"),
+    [
+        ("megatron-bridge", "model.tensor_model_parallel_size"),
+        ("nemo", "trainer.strategy.tensor_model_parallel_size"),
+        ("skyrl", "++trainer.policy.megatron_config.tensor_model_parallel_size"),
+        ("verl", "actor_rollout_ref.actor.megatron.tensor_model_parallel_size"),
+    ],
+)
+def test_a_setting_without_a_value_is_told(framework: str, path: str) -> None:
+    result = check(["train.py", "--name", "model.yaml", path, "4"], framework=framework, gpus=8)
+    assert [f.field for f in result.findings if f.id == "unusable.override"] == [path]
+
+
+def test_a_number_of_nodes_that_is_none_is_told() -> None:
+    result = check(["trainer.devices=8", "trainer.num_nodes=one"], framework="nemo")
+    assert "trainer.num_nodes" in {f.field for f in result.findings if f.severity == "error"}
+
+
+def test_a_refused_override_leaves_what_the_recipe_says() -> None:
+    words = ["run_recipe.py", "--recipe", "llama3_8b_pretrain_config"]
+    result = check([*words, "train.global_batch_size=64k"], gpus=8)
+    errors = [f.id for f in result.findings if f.severity == "error"]
+    assert errors == ["MB-OVERRIDE"]

@@ -268,3 +268,15 @@ def test_functions_that_call_each_other_end(text: str) -> None:
     except DocumentError as refused:
         assert "more than" in str(refused)
     assert time.monotonic() - began < 5
+
+
+def test_a_mistyped_option_of_torchrun_is_named_with_the_one_that_was_meant() -> None:
+    (command,) = parse(
+        "torchrun --nproc_per_nodes 8 --rdzv-id 1 --max_restarts=0 train.py"
+    ).commands
+    found = started(command)
+    assert found is not None
+    assert (found.program.text, found.counts.total) == ("train.py", 0)
+    (line,) = found.unread
+    assert "--nproc_per_nodes" in line
+    assert "nproc-per-node?" in line

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from meshwright.errors import did_you_mean
 from meshwright.frameworks.shell import Command, Script, Word
 
 _PLAIN_WRAPPERS: Final = frozenset({"exec", "time", "nohup", "sudo", "env", "stdbuf", "nice"})
@@ -24,6 +25,16 @@ _TORCHRUN_SWITCHES: Final = frozenset(
         "--enable-gpu-health-check",
     }
 )
+_TORCHRUN_VALUES: Final = frozenset(
+    {
+        *("nnodes", "nproc-per-node", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf"),
+        *("max-restarts", "monitor-interval", "start-method", "role", "log-dir", "redirects"),
+        *("tee", "node-rank", "master-addr", "master-port", "local-addr", "logs-specs"),
+        *("local-ranks-filter", "numa-binding", "event-log-handler", "duplicate-stdout-filters"),
+        *("duplicate-stderr-filters", "signals-to-handle", "shutdown-timeout", "r", "t"),
+    }
+)
+"""Options of torchrun that take a value. Ref: ``torch/distributed/run.py``, PyTorch 2.13."""
 _PYTHON_VALUES: Final = frozenset({"-W", "-X"})
 _UV_SWITCHES: Final = frozenset(
     {
@@ -250,6 +261,9 @@ def _torchrun(walk: _Walk) -> None:
     while walk.text.startswith("-"):
         name, value = walk.option(_TORCHRUN_SWITCHES)
         plain = name.lstrip("-").replace("_", "-")
+        if plain not in _TORCHRUN_VALUES and name not in _TORCHRUN_SWITCHES:
+            meant = did_you_mean(plain, _TORCHRUN_VALUES, most=1)
+            walk.unread.append(f"torchrun has no option {name[:80]}. {meant}")
         if plain == "nnodes" and value is not None and re.fullmatch(r"(\d+):\1", value.text):
             value = Word(value.text.partition(":")[0], value.line)
         if plain == "nproc-per-node" and value is not None and value.text in ("gpu", "auto"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from meshwright.errors import DocumentError, LaunchError, did_you_mean
+from meshwright.findings import Finding
 from meshwright.frameworks import overrides as paths
 from meshwright.frameworks.interpolation import resolved
 from meshwright.frameworks.launch import FRAMEWORKS, TITLES, Launch, Reading, Setting
@@ -385,6 +386,7 @@ def _read_overrides(
         reading = module.read(known, chosen, asked, known_env)
     world = gpus or reading.gpus or started_by or None
     lost += _unknown_words(chosen)
+    reading.findings[:0] = _without_value(framework, chosen)
     return _launch(framework, reading, world, environment, (*unread, *lost))
 
 
@@ -400,6 +402,32 @@ def _named(override: Override) -> Override:
 
 
 _MODEL_PATH: Final = re.compile(r"(^|\.)model\.path$|^model_name_or_path$")
+
+
+def _without_value(framework: str, chosen: Started | None) -> list[Finding]:
+    """Return what is wrong with settings by path that stand without ``=`` and a value."""
+    if chosen is None or framework not in _PATHS or framework == "torchtitan":
+        return []
+    return [
+        Finding(
+            id="unusable.override",
+            severity="error",
+            field=word.text,
+            value=None,
+            rule="A setting is path=value.",
+            remedy=f"Write {word.text}= and its value.",
+            message=f"{word.text}: A setting is path=value. Write {word.text}= and its value.",
+        )
+        for before, word in zip((Word("", 0), *chosen.args), chosen.args, strict=False)
+        if _BARE_PATH.fullmatch(word.text)
+        and re.match(_PATHS[framework], word.text.lstrip("+"))
+        and not before.text.startswith("-")
+    ]
+
+
+_BARE_PATH: Final = re.compile(
+    r"\+{0,2}[A-Za-z_]\w{0,80}(?:\.(?!(?:py|ya?ml|json|toml|sh|txt)$)\w{1,80}){1,12}"
+)
 
 
 def _unknown_words(chosen: Started | None) -> list[str]:

@@ -53,21 +53,21 @@ def read(
     known = [(p, o) for p, o in given if p in settings() or "." in p or p in _UNDOTTED]
     reading.argv = [f"{p}={text_of(o.value)}" for p, o in known]
     ruled = [a for a in reading.argv if not a.startswith("peft.")]
-    argv = [f"{path}={text_of(value)}" for path, value in base.items()] + ruled
+    shape = [f"{path}={text_of(value)}" for path, value in base.items()]
     if gpus is None:
         gpus = _smallest_world({p: o.value for p, o in known})
         reading.assumed.append(
             f"{gpus} GPUs: the launch does not say how many; the smallest world is taken"
         )
     refused: list[Finding] = []
-    resolved = resolve(argv, gpus, env)
+    resolved = resolve(shape + ruled, gpus, env)
     while _is_refused(resolved) and len(refused) < MOST_REFUSED:
         refused.append(resolved.findings[0])
-        shorter = [a for a in argv if a.partition("=")[0].lstrip("+") != refused[-1].field]
-        if len(shorter) == len(argv):
+        shorter = [a for a in ruled if a.partition("=")[0].lstrip("+") != refused[-1].field]
+        if len(shorter) == len(ruled):
             break
-        argv = shorter
-        resolved = resolve(argv, gpus, env)
+        ruled = shorter
+        resolved = resolve(shape + ruled, gpus, env)
     left = [] if _is_refused(resolved) or (recipe and not base) else resolved.findings
     reading.findings = [*refused, *left]
     origins = {setting_of(p): f"recipe {recipe}" for p in base}

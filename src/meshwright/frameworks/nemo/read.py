@@ -122,7 +122,10 @@ def read(
         tp = reading.settings.get("tensor_model_parallel_size")
         reading.default("expert_tensor_parallel_size", 1 if tp is None else tp.value, TITLE)
     facts = Facts(known, reading, {}, gpus or reading.gpus)
-    reading.findings = [*misread(known, NAMES, {}, RULES), *judge(RULES, facts)]
+    reading.findings = [
+        *misread(known, NAMES, {"trainer.num_nodes": 1}, RULES),
+        *judge(RULES, facts),
+    ]
     return reading
 
 
