@@ -13,9 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final
 
-from meshwright.describe.job import Job
 from meshwright.errors import MeshwrightError
 from meshwright.frameworks.launch import Launch
+from meshwright.frameworks.quantities import (
+    FROM_ZERO,
+    WORDS,
+    Quantities,
+    Wanted,
+    quantities,
+    targets,
+)
 from meshwright.frameworks.read import read_document
 from meshwright.frameworks.rewritings import (
     Files,
@@ -28,9 +35,6 @@ from meshwright.frameworks.rewritings import (
 from meshwright.frameworks.torchtitan.read import NAMES
 from meshwright.frameworks.words import DEGREES
 from meshwright.parallel.layout import Layout
-from meshwright.parallel.placement import read_pipeline_layout
-
-Quantities = dict[str, int | str]
 
 _UNCHOSEN: Final = ("default", "derived", "changed")
 """How the origin of a value begins that the launch does not give."""
@@ -38,32 +42,10 @@ _PLACING: Final = re.compile(
     r"(?i)node|gpus|engines|devices|parallel|degree|nproc|replica|overlap_p2p|pp_microbatches"
 )
 """Arguments that a rule may ask to follow the number of GPUs."""
-_DEGREES: Final = ("pp", "tp", "cp", "ep", "etp", "mbs", "dp_replicate")
-_FROM_ZERO: Final = ("first", "last", "microbatch_group_size")
-_DATA_DEGREES: Final = {
-    "dp_shard": "parallelism.data_parallel_shard_degree",
-    "dp_copies": "parallelism.data_parallel_replicate_degree",
-}
 _TITAN: Final = {
     name: NAMES[word].rpartition(".")[2] for name, word in DEGREES.items() if word in NAMES
 }
-_WORDS: Final = {
-    **DEGREES,
-    "sp": "sequence_parallel",
-    "gbs": "global_batch_size",
-    "seq_len": "seq_length",
-    "pipeline_layout": "pipeline_model_parallel_layout",
-}
 _CHUNKS: Final = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What the edited launch has to say; ``gpus_per_node`` is 0 where the launch says none."""
-
-    layout: Layout[int]
-    job: Job
-    gpus_per_node: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,72 +70,6 @@ def edit(files: Files, launch: Launch, before: Layout[int], wanted: Wanted) -> E
     editor.batch()
     editor.solve()
     return Edited(files=editor.files, by_hand=editor.by_hand(), also=editor.also())
-
-
-def quantities(launch: Launch) -> Quantities:
-    """Return what of a launch a move to other GPUs may change, in the order of editing.
-
-    What is derived from the degrees and the world comes after them.
-    """
-    words = launch.words
-    found: Quantities = {}
-    for name in (*_DEGREES, "gpus_per_node", "gpus", "vpp", *_FROM_ZERO):
-        value = words.get(_WORDS.get(name, name))
-        found[name] = int(name not in _FROM_ZERO)
-        if isinstance(value, int) and not isinstance(value, bool):
-            found[name] = value
-    found |= {"gpus_per_node": launch.gpus_per_node or 0, "gpus": launch.gpus or 0}
-    stages = words.get("pipeline_model_parallel_layout")
-    split = launch.framework != "torchtitan" and isinstance(stages, str)
-    found["pipeline_layout"] = str(stages) if split else ""
-    found["sp"] = int(words.get("sequence_parallel") is True and found["tp"] != 1)
-    for name in ("gbs", "seq_len"):
-        value = words.get(_WORDS[name])
-        found[name] = value if isinstance(value, int) else 0
-    _leave_idle(found, launch)
-    return {**found, **_data_degrees(launch)}
-
-
-def _leave_idle(found: Quantities, launch: Launch) -> None:
-    """Set to their defaults what does nothing in the layout, as ``layout_of`` does."""
-    stages, pp = str(found["pipeline_layout"]), found["pp"]
-    if stages and isinstance(pp, int) and pp > 0:
-        try:
-            found["vpp"] = max(len(read_pipeline_layout(stages)) // pp, 1)
-        except MeshwrightError:
-            found["vpp"] = 1
-    if found["vpp"] == 1:
-        found["microbatch_group_size"] = 0
-    if found["ep"] == 1 and not launch.words.get("num_moe_experts"):
-        found["etp"] = 1
-
-
-def _data_degrees(launch: Launch) -> Quantities:
-    """Return the degrees of data parallelism that torchtitan is told; 0 where it derives them."""
-    if launch.framework != "torchtitan":
-        return {}
-    given = dict(a.removeprefix("--").split("=", 1) for a in launch.argv if "=" in a)
-    values = {name: given.get(path, "") for name, path in _DATA_DEGREES.items()}
-    return {name: int(v) if v.isdecimal() else 0 for name, v in values.items()}
-
-
-def targets(now: Quantities, before: Layout[int], wanted: Wanted) -> Quantities:
-    """Return what every quantity has to become."""
-    y, job = wanted.layout, wanted.job
-    target = dict(now)
-    for name in now.keys() & {*DEGREES, "sp"}:
-        target[name] = int(getattr(y, name))
-    target["pipeline_layout"] = (y.pipeline_layout or "") if now["pipeline_layout"] else ""
-    target |= {"gpus_per_node": wanted.gpus_per_node, "gbs": job.gbs, "seq_len": job.seq_len}
-    target["gpus"] = y.world_size if now["gpus"] else 0
-    if y.vpp == 1:
-        target["microbatch_group_size"] = 0
-    copies = before.dp > 1 and before.dp_replicate == 1 and now.get("dp_copies") == before.dp
-    if now.get("dp_shard"):
-        target["dp_shard"] = 1 if copies else y.dp // max(y.dp_replicate, 1)
-    if now.get("dp_copies"):
-        target["dp_copies"] = y.dp if copies else y.dp_replicate
-    return target
 
 
 View = Callable[[Files], Files]
@@ -188,7 +104,7 @@ class _Editor:
         self.given = {
             word: setting.value
             for word, setting in self.launch.settings.items()
-            if word not in {*_WORDS.values(), *_CHUNKS, "pipeline_schedule"}
+            if word not in {*WORDS.values(), *_CHUNKS, "pipeline_schedule"}
             and not setting.origin.startswith(_UNCHOSEN)
         }
         for view in (_without_batch_options, _script_alone):
@@ -284,7 +200,7 @@ class _Editor:
             if name == "vpp" and isinstance(layers, int) and new > 0:
                 chunk = _scaled(layers, 1, new * int(now["pp"]))
                 yield numbers(self.files, lambda _: chunk)
-            if new == int(name not in _FROM_ZERO):
+            if new == int(name not in FROM_ZERO):
                 yield self._without(name)
         elif name == "sp":
             yield switches(self.files)
@@ -303,12 +219,12 @@ class _Editor:
             for beside, (key, unit) in self._whole_batches().items():
                 yield from inserted(self.files, beside, key, str(int(value) * unit))
             return
-        if self._states(_WORDS.get(name, name)):
+        if self._states(WORDS.get(name, name)):
             return
         for other in ("tp", "pp", "cp", "ep", "mbs"):
-            if not self._states(_WORDS[other]):
+            if not self._states(WORDS[other]):
                 continue
-            beside = self.launch.settings[_WORDS[other]].origin.partition(",")[0]
+            beside = self.launch.settings[WORDS[other]].origin.partition(",")[0]
             key = _sibling(beside, other, name)
             if key and name == "sp":
                 bare = beside.startswith("--")
@@ -347,7 +263,7 @@ class _Editor:
             yield from inserted(self.files, spelled, "--nnodes", nodes)
 
     def _without(self, name: str) -> Iterator[dict[str, str]]:
-        keys = [_WORDS[name], *(_CHUNKS if name == "vpp" else ())]
+        keys = [WORDS[name], *(_CHUNKS if name == "vpp" else ())]
         flags = {"first": "decoder_first_pipeline_num_layers"}
         flags["last"] = "decoder_last_pipeline_num_layers"
         return removed(self.files, [*keys, *([flags[name]] if name in flags else [])])
@@ -393,7 +309,7 @@ class _Editor:
             return []
         before = quantities(self.launch)
         for name, value in self.targets.items():
-            setting = self.launch.settings.get(_WORDS.get(name, name))
+            setting = self.launch.settings.get(WORDS.get(name, name))
             where = f" ({setting.origin})" if setting is not None else ""
             spoken = _SPOKEN.get(name, name) + where
             if before[name] != value:
@@ -407,7 +323,7 @@ class _Editor:
         after = self.read(self.files)
         if after is None:
             return []
-        wanted = {*_WORDS.values(), *_CHUNKS, *_TITAN.values()}
+        wanted = {*WORDS.values(), *_CHUNKS, *_TITAN.values()}
         return [
             f"{key}: {old} -> {new}"
             for key, old, new in _changed(self.launch, after)
@@ -444,7 +360,7 @@ def _sibling(beside: str, other: str, name: str) -> str:
     """Return how a quantity is called where another one is called ``beside``; "" if not known."""
     if other in _TITAN and _TITAN[other] in beside:
         return beside.replace(_TITAN[other], _TITAN[name]) if name in _TITAN else ""
-    word, wanted = _WORDS[other], _WORDS.get(name, "")
+    word, wanted = WORDS[other], WORDS.get(name, "")
     if beside.startswith("--"):
         word = word.replace("_", "-")
         wanted = (_CHUNKS[1] if name == "vpp" else wanted).replace("_", "-")

@@ -16,9 +16,10 @@ from meshwright.describe.model import Model
 from meshwright.errors import LaunchError, MeshwrightError
 from meshwright.frameworks.check import CheckResult, check
 from meshwright.frameworks.convert import Known, carried_to, known_of
-from meshwright.frameworks.in_place import Wanted, edit
+from meshwright.frameworks.in_place import edit
 from meshwright.frameworks.launch import Launch
 from meshwright.frameworks.nearest import nearest_legal
+from meshwright.frameworks.quantities import Wanted
 from meshwright.frameworks.read import read_document, read_text
 from meshwright.frameworks.saved import PLAN
 from meshwright.frameworks.shell_words import MAX_BYTES
