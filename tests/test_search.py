@@ -15,6 +15,7 @@ from meshwright.cost.step import bounds, prepare, simulated_step_s
 from meshwright.describe.cluster import Cluster, load_cluster
 from meshwright.describe.job import Job
 from meshwright.describe.model import Model
+from meshwright.describe.models import load_model
 from meshwright.errors import LayoutError
 from meshwright.parallel.layout import Layout, num_rows, row, to_dict, to_text
 from meshwright.parallel.layout import table as as_table
@@ -249,3 +250,9 @@ def test_a_found_layout_is_one_layout_and_not_a_column() -> None:
     best = search(*problem("dense"), top=1).best[0].layout
     assert type(best.tp) is int
     assert as_row(best) == to_text(best)
+
+
+@pytest.mark.parametrize(("seq_len", "mbs"), [(512, 32), (1024, 16), (4096, 8)])
+def test_short_sequences_are_batched_until_a_pass_is_long(seq_len: int, mbs: int) -> None:
+    job, cluster = Job(seq_len=seq_len, gbs=64), load_cluster("1xH100")
+    assert search(load_model("gpt2"), cluster, job, top=1).best[0].layout.mbs == mbs

@@ -71,7 +71,7 @@ def _inner_choices(model: Model, cluster: Cluster, job: Job, space: Space) -> In
     tps = [d for d in divisors(gpus) if d <= domain and model.num_heads % d == 0]
     cps = [d for d in divisors(gpus) if d == 1 or _cp_is_sensible(d, job)]
     eps = [d for d in divisors(gpus) if model.num_experts % d == 0] if model.is_moe else [1]
-    sizes = [m for m in (1, 2, 4, 8) if job.gbs % m == 0]
+    sizes = [m for m in (1, 2, 4, 8, 16, 32, 64) if job.gbs % m == 0 and _is_one_pass(m, job)]
     rows: list[tuple[int, ...]] = []
     for tp, cp, ep in itertools.product(
         space.choices("tp", tps, gpus),
@@ -112,6 +112,11 @@ def _cp_comms(cp: int) -> list[CpComm]:
 def _cp_is_sensible(cp: int, job: Job) -> bool:
     # Shorter slices than this leave attention nothing to hide the exchange behind.
     return job.seq_len % (2 * cp) == 0 and job.seq_len // cp >= 2048
+
+
+def _is_one_pass(mbs: int, job: Job) -> bool:
+    # Kernels of more tokens than this are no faster; short sequences need many to get there.
+    return mbs <= 8 or mbs * job.seq_len <= 16384
 
 
 def _recomputes(model: Model, space: Space) -> list[int]:
