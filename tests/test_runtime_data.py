@@ -297,3 +297,15 @@ def test_a_package_that_is_missing_is_named(caches: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("meshwright.runtime.data_text.find_spec", lambda name: None)
     with pytest.raises(MeshwrightError, match=r"meshwright\[data\]"):
         _tokens_of(DataSettings(sources=(str(path),)))
+
+
+def test_a_token_below_zero_is_the_one_that_is_told(tmp_path: Path) -> None:
+    with CorpusWriter(tmp_path / "corpus") as writer:
+        writer.append(np.array([1, -1, 2, 3, 4, 5, 6, 7], dtype=np.int32))
+    data = DataSettings(sources=(str(tmp_path / "corpus"),))
+    with pytest.raises(DocumentError, match="holds token -1; the model has 12 words"):
+        _open(data, vocab_size=12).sample(0)
+    (tmp_path / "corpus.bin").unlink()
+    with pytest.raises(DocumentError, match="no such file") as told:
+        _open(data, vocab_size=12).sample(0)
+    assert told.value.remedy

@@ -82,7 +82,8 @@ class MegatronSamples:
         try:
             size = path.stat().st_size
         except OSError:
-            raise DocumentError("data", str(path), "There is no such file.", "") from None
+            remedy = "Copy it again: .bin and .idx belong together."
+            raise DocumentError("data", str(path), "There is no such file.", remedy) from None
         if size < needed or size % item:
             raise DocumentError(
                 "data",
@@ -113,11 +114,13 @@ class MegatronSamples:
         order, starts, windows = self._epoch(epoch)
         begin = int(windows[place]) * self.seq_len
         found = self._read(order, starts, begin, begin + self.seq_len + 1)
-        if found.max() >= self.vocab_size or found.min() < 0:
+        low, high = int(found.min()), int(found.max())
+        if high >= self.vocab_size or low < 0:
+            wrong = low if low < 0 else high
             raise DocumentError(
                 "data",
                 self.name or str(self.prefix),
-                f"It holds token {int(found.max())}; the model has {self.vocab_size} words.",
+                f"It holds token {wrong}; the model has {self.vocab_size} words.",
                 "Use the tokenizer of the model.",
             )
         return found
