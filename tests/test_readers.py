@@ -600,3 +600,14 @@ def test_a_refused_override_leaves_what_the_recipe_says() -> None:
     result = check([*words, "train.global_batch_size=64k"], gpus=8)
     errors = [f.id for f in result.findings if f.severity == "error"]
     assert errors == ["MB-OVERRIDE"]
+
+
+def test_checkpointing_by_op_is_a_switch_of_the_job() -> None:
+    words = ["torchtitan.train", "--model.name", "llama3", "--model.flavor", "8B"]
+    words += ["--training.seq_len", "8192", "--activation_checkpoint.mode", "selective"]
+    for option, by_op in (("op", True), ("2", False)):
+        given = [*words, "--activation_checkpoint.selective_ac_option", option]
+        result = check(given, cluster="8xH100", framework="torchtitan")
+        assert result.job is not None
+        assert result.job.execution.recompute_every_second_matmul is by_op
+        assert any("activation_checkpoint.mode" in line for line in result.unread) is not by_op

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import shutil
 import subprocess
 from dataclasses import replace
@@ -18,7 +19,9 @@ from meshwright.checks import Case, judge_one
 from meshwright.describe.cluster import load_cluster
 from meshwright.describe.job import Execution, Job, job
 from meshwright.describe.model import Model
+from meshwright.describe.models import load_model
 from meshwright.errors import LaunchError
+from meshwright.frameworks.check import check
 from meshwright.frameworks.convert import convert
 from meshwright.frameworks.launch import FRAMEWORKS
 from meshwright.frameworks.read import read_launch
@@ -365,3 +368,18 @@ def test_a_resized_launch_keeps_every_argument_that_its_layout_does_not_change(
     for added in ("--weight-decay", "--min-lr", "--clip-grad"):
         assert added not in text
     assert after.gpus == 16
+
+
+def test_a_router_that_picks_one_expert_is_written_so_that_it_learns(tmp_path: Path) -> None:
+    known = Path(meshwright.__file__).parent / "describe/configs/mixtral-8x7b.json"
+    config = json.loads(known.read_text()) | {"num_experts_per_tok": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_model(str(tmp_path / "config.json"))
+    layout = from_text("tp=1 ep=8 pp=1", 16)
+    for framework in ("megatron-lm", "megatron-bridge"):
+        files = launch_files(
+            model, load_cluster("16xB200"), job(seq_len=8192, gbs=64), layout, framework
+        )
+        (tmp_path / "run.sh").write_text(files["run.sh"])
+        result = check(tmp_path / "run.sh", cluster="16xB200")
+        assert "MLM-TC-topk1" not in {f.id for f in result.findings}

@@ -172,6 +172,9 @@ def _notes(read: CheckResult, known: Known, to: str, carried: Carried) -> list[s
             f"not carried: gradients in 16 bits ({reduced.origin}): {TITLES[to]} keeps them in"
             f" fp32; {how}"
         )
+    by_op = read.launch.settings.get("recompute_every_second_matmul")
+    if by_op is not None:
+        notes.append(f"not carried: selective checkpointing by op ({by_op.origin}): read as none")
     if not read.ok:
         first = next(f for f in read.findings if f.severity == "error")
         notes.append(f"The launch that was read would not start: {first.message}")

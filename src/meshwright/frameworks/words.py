@@ -365,6 +365,8 @@ def _execution(words: Words) -> Execution:
         values["optimizer_offload_fraction"] = (
             float(fraction) if isinstance(fraction, int | float) else 1.0
         )
+    by_op = "recompute_every_second_matmul"
+    values[by_op] = flag(words, by_op)
     values["activation_offload_layers"] = number(words, "cpu_offloading_num_layers", 0, low=0)
     return Execution(**values)
 

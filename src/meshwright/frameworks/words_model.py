@@ -392,6 +392,8 @@ def _moe_words(facts: Decoder, moe: Moe | None) -> dict[str, Any]:
         words["moe_shared_expert_gate"] = True
     if moe.correction_bias:
         words["moe_router_enable_expert_bias"] = True
+    if moe.correction_bias or moe.topk == 1:
+        # A softmax over one chosen expert is 1 whatever it scores: Llama 4 scores by sigmoids.
         words["moe_router_score_function"] = "sigmoid"
     return words
 

@@ -276,6 +276,9 @@ def _precision_and_checkpointing(
         for word, value in (("recompute_granularity", "full"), ("recompute_method", "uniform")):
             reading.settings[word] = _setting(known, path, value)
         reading.settings["recompute_num_layers"] = _setting(known, path, 1)
+    elif mode == "selective" and facts["activation_checkpoint.selective_ac_option"] == "op":
+        path = "activation_checkpoint.selective_ac_option"
+        reading.settings["recompute_every_second_matmul"] = _setting(known, path, True)
     elif mode not in (None, "none"):
         reading.unread.append(
             f"activation_checkpoint.mode = {mode}: it keeps chosen operations, which no layout"
