@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -322,10 +323,11 @@ def test_a_framework_that_cannot_be_told_can_be_stated() -> None:
         read_launch(["--num-layers", "2"], framework="megatron")
 
 
-def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.sh", tmp_path):
-        with pytest.raises(DocumentError, match="no such file"):
-            read_launch(path)
+def test_a_missing_file_a_folder_and_a_pipe_are_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, rule in (("none.sh", "no such file"), (".", "is a folder"), ("pipe", "is a pipe")):
+        with pytest.raises(DocumentError, match=rule):
+            read_launch(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def calibrate(
     import json
     from datetime import date
 
+    from meshwright.cli.show import progress_bar
     from meshwright.describe.cluster import load_cluster
     from meshwright.describe.cluster.document import to_document, to_toml
     from meshwright.errors import DocumentError
@@ -46,7 +47,16 @@ def calibrate(
     rows = [row for path in measurements for row in load_runs(path)]
     known = load_models(models or shipped("models.json.gz"))
     names = ", ".join(path.name for path in measurements)
-    found = fitted(machines, rows, known, source=f"meshwright calibrate {names}, {date.today()}")
+    source = f"meshwright calibrate {names}, {date.today()}"
+    with progress_bar() as progress:
+        progress(f"pricing {len(rows)} runs", 0, 1)
+        found = fitted(
+            machines,
+            rows,
+            known,
+            source=source,
+            progress=lambda turn: progress(f"fitting, turn {turn}", 0, 1),
+        )
     try:
         output.write_text(to_toml(to_document(found.cluster)) + "\n", encoding="utf-8")
     except OSError as error:

@@ -113,14 +113,14 @@ def read_launch(
 
 
 def read_text(path: Path, errors: str = "replace") -> str:
-    """Return a file's text. Raises ``DocumentError`` when it is missing, a folder or too large.
+    """Return a file's text. Raises ``DocumentError`` when it is missing, no file or too large.
 
     ``errors``: what becomes of bytes that are not UTF-8, in the words of ``bytes.decode``.
     """
     try:
         if not path.is_file():
             remedy = "Give the path of a launch script or configuration."
-            raise DocumentError("file", str(path), "There is no such file.", remedy)
+            raise DocumentError("file", str(path), _why_no_file(path), remedy)
         size = path.stat().st_size
         if size > 64 * MAX_BYTES:
             rule = f"A launch has at most {64 * MAX_BYTES} bytes; this has {size}."
@@ -130,6 +130,14 @@ def read_text(path: Path, errors: str = "replace") -> str:
         if isinstance(error, DocumentError):
             raise
         raise DocumentError("file", str(path), f"It cannot be read: {error}.", "") from None
+
+
+def _why_no_file(path: Path) -> str:
+    if path.is_dir():
+        return "It is a folder."
+    if path.exists():
+        return "It is a pipe or a device, which can be read only once; a launch is read again."
+    return "There is no such file."
 
 
 def read_document(
