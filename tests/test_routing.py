@@ -182,7 +182,7 @@ def test_router_biases_come_back_from_a_checkpoint(tmp_path: Path) -> None:
     engine = _engine("balanced")
     engine.step(BATCH)
     saver = Checkpointer(tmp_path, engine)
-    path = saver.save(1, {"optimizer_steps": 1})
+    path = saver.save(1, {"step": 1, "samples": 4, "optimizer_steps": 1})
     saver.wait()
     again = _engine("balanced")
     load_checkpoint(again, path)
