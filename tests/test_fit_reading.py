@@ -341,6 +341,55 @@ def test_any_model_is_priced_or_refused_by_a_rule(name: str, words: dict[str, An
     judged(predict([{**ROW, "model": name, "tp": "1", "fsdp": "full:32"}], models)[0])
 
 
+MLA = "mlm-h1024-l16-a32-swiglu-e32k4-s1024-m1024-mla-mtp1-untied"
+
+
+@pytest.mark.parametrize(
+    ("written", "dense"),
+    [
+        ("([0]*3+[1]*13)", 3),
+        ("[0]*1+[1]*15", 1),
+        ([0, 0, *[1] * 14], 2),
+        (1, 0),
+        ("1", 0),
+        ("([0]*3+[1]*4)", 1),
+        ("nonsense", 1),
+    ],
+)
+def test_a_row_says_which_layers_have_experts(written: Any, dense: int) -> None:
+    found = run({"args": {"moe_layer_freq": written}}, model=MLA).model
+    assert [found.layer_kinds[k].is_moe for k in found.layer_pattern].count(False) == dense
+
+
+def test_a_pattern_of_experts_for_other_layers_is_told() -> None:
+    assert any(
+        "moe_layer_freq" in line
+        for line in one({"moe_layer_freq": "([0]*3+[1]*4)"}, model=MLA).assumed
+    )
+
+
+def test_a_row_changes_the_widths_of_the_model_that_it_names() -> None:
+    usual = run(model=MLA).model
+    for word in ("moe_ffn_hidden_size", "kv_lora_rank", "q_lora_rank", "v_head_dim"):
+        assert run({"args": {word: 64}}, model=MLA).model.num_params < usual.num_params, word
+
+
+def test_the_vocabulary_is_padded_to_the_multiple_that_is_stated() -> None:
+    words = {"args": {"make_vocab_size_divisible_by": 3232}}
+    assert run(words, model=MLA, tp="1").model.vocab_size == 16 * 3232
+    assert run(words, model=MLA, tp="4").model.vocab_size == 4 * 4 * 3232
+    assert run({"make_vocab_size_divisible_by": 10**9}, model=MLA).model.vocab_size == 50257
+
+
+def test_sections_count_inside_another_object_and_words_with_spaces_around_them() -> None:
+    words = {"args": {"bf16": True, "moe_token_dispatcher_type": "allgather"}}
+    spaced = {"config": {"args": {"bf16": True, "moe_token_dispatcher_type": " allgather "}}}
+    first, second = one(words, model=MLA), one(spaced, model=MLA)
+    assert (first.step_time_s, first.peak_bytes) == (second.step_time_s, second.peak_bytes)
+    layout = {"pipeline_model_parallel_layout": " Et*8|t*8mL "}
+    assert run(layout, model=MLA, pp="2", vpp="1", tp="1").layout.pipeline_layout == "Et*8|t*8mL"
+
+
 def respelled(words: dict[str, Any]) -> dict[str, Any]:
     """Return settings with sections nested, names in capitals and values as text."""
     out: dict[str, Any] = {}

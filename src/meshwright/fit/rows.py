@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -139,8 +140,16 @@ def _megatron_defaults(facts: Decoder, s: Settings) -> Decoder:
 
 OVERRIDES = {
     "num_experts": "num_experts",
+    "num_moe_experts": "num_experts",
     "moe_router_topk": "experts_per_token",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
     "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
+    "moe_latent_size": "moe_latent_size",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_head_dim": "qk_nope_head_dim",
+    "qk_pos_emb_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
     "mamba_num_heads": "mamba_num_heads",
     "mamba_head_dim": "mamba_head_dim",
     "mamba_state_dim": "ssm_state_size",
@@ -156,6 +165,8 @@ def _override(entry: dict[str, Any], s: Settings) -> None:
         stated = s.whole(name)
         if stated > 0 and key in entry:
             entry[key] = stated
+    _set_layers_of_experts(entry, s)
+    _pad_vocabulary(entry, s)
     pattern = s.text("hybrid_layer_pattern").upper() or entry.get("hybrid_pattern")
     if not isinstance(pattern, str) or "hybrid_pattern" not in entry:
         return
@@ -165,6 +176,33 @@ def _override(entry: dict[str, Any], s: Settings) -> None:
     entry["hybrid_pattern"], entry["num_hidden_layers"] = main, len(main)
     if ahead:
         entry["mtp_hybrid_pattern"], entry["mtp_layers"] = ahead[0], len(ahead)
+
+
+def _set_layers_of_experts(entry: dict[str, Any], s: Settings) -> None:
+    """Set which layers have experts as ``moe_layer_freq`` says: ``2``, or ``([0]*3+[1]*11)``."""
+    stated = s.find("moe_layer_freq")
+    if stated is None or "num_experts" not in entry:
+        return
+    pieces = re.findall(r"\[([01,\s]+)\]\s*(?:\*\s*(\d{1,4}))?", str(stated))
+    if not pieces:
+        every = s.whole("moe_layer_freq")
+        if every > 0:
+            entry["moe_layer_freq"], entry["first_dense_layers"] = every, 0
+        return
+    pattern = "".join(re.sub(r"[^01]", "", layers) * int(times or 1) for layers, times in pieces)
+    dense = len(pattern) - len(pattern.lstrip("0"))
+    if len(pattern) != entry.get("num_hidden_layers") or "0" in pattern[dense:]:
+        s.assumed.append(f"moe_layer_freq = {stated!r} is no split of these layers and is not used")
+        return
+    entry["moe_layer_freq"], entry["first_dense_layers"] = 1, dense
+
+
+def _pad_vocabulary(entry: dict[str, Any], s: Settings) -> None:
+    """Pad the vocabulary to the multiple, times tp, that Megatron is told to pad it to."""
+    size, multiple = entry.get("vocab_size"), s.whole("make_vocab_size_divisible_by")
+    if isinstance(size, int) and 0 < multiple <= size:
+        unit = multiple * max(s.number("tp") or 1, 1)
+        entry["vocab_size"] = -(-size // unit) * unit
 
 
 def _refuse_other_depth(pattern: str, published: str, s: Settings) -> None:

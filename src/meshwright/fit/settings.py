@@ -215,8 +215,15 @@ def read_settings(row: Mapping[str, str]) -> Settings:
     if not isinstance(nested, dict):
         raise DocumentError("other_settings", text[:60], "It is a JSON object.", "Write {}.")
     flat = _flat(cast("dict[str, Any]", nested), "")
-    words = {k: v for k, v in flat if not MEASURED.search(k)}
+    words = {_unwrapped(k): v for k, v in flat if not MEASURED.search(k)}
     return Settings(cells=row, words=words)
+
+
+def _unwrapped(key: str) -> str:
+    """Return a key from its first known section on: ``cfg.model.x`` is ``model.x``."""
+    names = key.split(".")
+    known = next((i for i, name in enumerate(names[:-1]) if name in SECTIONS), 0)
+    return ".".join(names[known:])
 
 
 def _flat(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Setting]]:
@@ -226,4 +233,4 @@ def _flat(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Setting
         if isinstance(value, dict):
             yield from _flat(cast("dict[str, Any]", value), f"{path}.")
         else:
-            yield path, value
+            yield path, value.strip() if isinstance(value, str) else value
