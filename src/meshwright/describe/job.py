@@ -64,6 +64,13 @@ PRECISIONS: dict[str, Precision] = {
             quantise_bytes_per_element=4.0,
         ),
         Precision(
+            name="fp8-rowwise",
+            param_copy_bytes=1.0,
+            matmul="fp8",
+            matmul_input_bytes=1.0,
+            quantise_bytes_per_element=8.0,
+        ),
+        Precision(
             name="fp8-mx",
             param_copy_bytes=2.0,
             matmul="fp8",
@@ -87,7 +94,8 @@ PRECISIONS: dict[str, Precision] = {
     )
 }
 """Recipes by name. FP8: Micikevicius et al., arXiv:2209.05433; MXFP8 and NVFP4: OCP MX 1.0 and
-NVIDIA's NVFP4 note (one scale byte per 16 values: 0.5625 bytes an element)."""
+NVIDIA's NVFP4 note (one scale byte per 16 values: 0.5625 bytes an element). Scaling by rows finds
+the maxima along both sides of an input, with a pass and a cast for each."""
 
 PRECISION_ALIASES = {
     "bfloat16": "bf16",
@@ -96,7 +104,6 @@ PRECISION_ALIASES = {
     "fp8-te": "fp8",
     "fp8-delayed": "fp8",
     "fp8-tensorwise": "fp8-cs",
-    "fp8-rowwise": "fp8-cs",
     "fp8-sc": "fp8-blockwise",
     "mxfp8": "fp8-mx",
     "fp4": "nvfp4",

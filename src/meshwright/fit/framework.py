@@ -44,12 +44,16 @@ class Framework:
     expandable_segments: bool = False
     gathers_from_master: bool = False
     bucket_bytes: float = 0.0
-    microbatch_for_each_stage: bool = False
-    """A pipeline cuts a rank's batch into as many micro-batches as it has stages."""
+    packs_samples: bool = False
+    """Fine-tuning fills its sequences with many samples of a data set."""
+    microbatch_for_each_rank: bool = False
+    """A pipeline cuts a rank's batch into as many micro-batches as it has ranks."""
 
 
 MEGATRON_LM = Framework(name="megatron-lm", overlap=False, expert_tensor_is_tensor=True)
-USUAL = Framework(name="megatron-bridge", cross_entropy="vendor", reduces_in_fp32=False)
+USUAL = Framework(
+    name="megatron-bridge", cross_entropy="vendor", reduces_in_fp32=False, packs_samples=True
+)
 """A row that names no framework is read as Megatron-Bridge, a tuned Megatron-Core run."""
 FRAMEWORKS = (
     Framework(
@@ -62,7 +66,7 @@ FRAMEWORKS = (
         gathers_once=True,
         expandable_segments=True,
         gathers_from_master=True,
-        microbatch_for_each_stage=True,
+        microbatch_for_each_rank=True,
         cross_entropy="plain",
     ),
     Framework(
@@ -75,6 +79,7 @@ FRAMEWORKS = (
     ),
     Framework(
         name="automodel",
+        sequence_parallel=False,
         fused_wgrad_accumulation=False,
         cross_entropy="plain",
         gathers_from_master=True,
@@ -95,6 +100,7 @@ FRAMEWORKS = (
     Framework(
         name="nemo",
         overlap_tp=True,
+        packs_samples=True,
         cross_entropy="vendor",
         reduces_in_fp32=False,
         expert_tensor_is_tensor=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 
 from meshwright.describe.model import Model
@@ -58,6 +60,8 @@ def read_degrees(s: Settings, framework: Framework, model: Model, seq_len: int) 
     Raises ``LayoutError`` where they cannot hold together.
     """
     tp, cp, pp, ep = (_degree(s, name) for name in ("tp", "cp", "pp", "ep"))
+    if s.number("ep") is None:
+        ep = _dispatching_ranks(s, model, pp)
     etp = _expert_tensor(s, framework, tp, ep)
     unit = minimum_world_size(tp, cp, pp, ep, etp)
     num_gpus = _gpus(s, model, tp * cp * pp, unit)
@@ -112,6 +116,20 @@ def _degree(s: Settings, name: str) -> int:
     return value
 
 
+def _dispatching_ranks(s: Settings, model: Model, pp: int) -> int:
+    """Return the expert-parallel ranks of a row that names a dispatcher and no degree.
+
+    DeepEP and HybridEP only serve expert parallelism: it is then over all ranks of a stage, or as
+    many of them as divide the experts.
+    """
+    kernels, num_gpus = s.text("kernels", "features"), s.number("n_gpus")
+    if num_gpus is None or not model.is_moe or not re.search("deepep|hybridep", kernels):
+        return 1
+    ep = math.gcd(num_gpus // pp, model.num_experts)
+    s.assumed.append(f"ep = {ep}: not stated, all ranks that the dispatcher serves")
+    return ep
+
+
 def _expert_tensor(s: Settings, framework: Framework, tp: int, ep: int) -> int:
     value = s.number("etp")
     if value is not None and value >= 1:
@@ -126,8 +144,7 @@ def _batch(s: Settings, framework: Framework, dp: int, pp: int, seq_len: int) ->
         mbs = gbs // (dp * turns)
         s.assumed.append(f"mbs = {mbs}: {turns} micro-batches on each of {dp} ranks")
     if mbs is None:
-        stages = pp * (2 if "interleaved" in s.text("pp_schedule") else 1)
-        cuts = stages if framework.microbatch_for_each_stage else 0
+        cuts = pp if framework.microbatch_for_each_rank else 0
         mbs = _micro_batch(gbs, dp, pp, seq_len, cuts)
         s.assumed.append(f"mbs = {mbs}: not stated")
     if gbs is None and turns > 0:
@@ -152,7 +169,7 @@ def _batch(s: Settings, framework: Framework, dp: int, pp: int, seq_len: int) ->
 def _micro_batch(gbs: int | None, dp: int, pp: int, seq_len: int, cuts: int) -> int:
     """Return the micro-batch taken where none is stated: 1 in a pipeline, else up to 8k tokens.
 
-    torchtitan's pipelines cut the batch of a rank into as many micro-batches as there are stages:
+    torchtitan's pipelines cut the batch of a rank into as many micro-batches as they have ranks:
     ``cuts``, or 0.
     """
     if pp > 1 and cuts and gbs and gbs % (dp * cuts) == 0:

@@ -109,7 +109,8 @@ RECIPES = (
     (r"nvfp4|fp4", "nvfp4"),
     (r"mxfp8|mx", "fp8-mx"),
     (r"block|subchannel|sub_channel|128x128", "fp8-blockwise"),
-    (r"tensorwise|tensor_wise|rowwise|row_wise|current", "fp8-cs"),
+    (r"rowwise|row_wise", "fp8-rowwise"),
+    (r"tensorwise|tensor_wise|current", "fp8-cs"),
     (r"fp8|e4m3|float8|delayed|int8", "fp8"),
     (r"bf16|bfloat16", "bf16"),
     (r"fp16|float16|half", "fp16"),
@@ -187,7 +188,6 @@ def read_execution(
         flash = "unfused" not in attention and "not flash" not in attention
     if s.text("transformer_impl") == "local" and not s.flag("use_flash_attn", default=False):
         flash = False
-    packed = "packed" in s.text("finetuning_dataset") or "packed" in s.text("dataset")
     graphs, modules = _cuda_graphs(s, framework)
     loss = _cross_entropy(s, framework, architecture)
     offload = s.whole("cpu_offloading_num_layers") if s.flag("cpu_offloading", default=False) else 0
@@ -254,7 +254,7 @@ def read_execution(
         recompute_every_second_matmul=by_op,
         blocking_checkpoints=framework.blocking_checkpoints,
         scatters_messages=framework.scatters_messages,
-        packed_sample_tokens=PACKED_SAMPLE_TOKENS if packed else 0,
+        packed_sample_tokens=PACKED_SAMPLE_TOKENS if _packs_samples(s, framework) else 0,
         optimizer_offload_fraction=min(max(_fraction(s, "optimizer_offload_fraction"), 0.0), 1.0),
         activation_offload_layers=offload,
         offloaded_modules=frozenset(s.items("offload_modules"))
@@ -267,6 +267,14 @@ def read_execution(
         else framework.expandable_segments,
         power_boost=s.flag("vboost", default="with vboost" in s.text("condition")),
     )
+
+
+def _packs_samples(s: Settings, framework: Framework) -> bool:
+    """Return whether many short samples fill a sequence, each of which attends to itself alone."""
+    dataset = s.text("finetuning_dataset", "dataset")
+    if dataset or s.task not in ("sft", "lora"):
+        return "packed" in dataset
+    return framework.packs_samples
 
 
 def _is_module(s: Settings) -> bool:
@@ -373,7 +381,9 @@ def _fused_kernels(s: Settings, framework: Framework) -> bool:
     if s.text("transformer_impl") == "local":
         return False
     if framework.name == "automodel":
-        return "te" in s.text("kernels")
+        # Liger's kernels, which it leaves out where a layer or the model is divided.
+        whole = all((s.number(degree) or 1) == 1 for degree in ("tp", "cp", "pp"))
+        return whole or "te" in s.text("kernels")
     return framework.fused_kernels
 
 

@@ -106,7 +106,7 @@ def _from_settings(s: Settings, framework: Framework) -> str:
         return "selective:core_attn"
     if s.flag(*CHECKPOINTING, default=False):
         return "full"
-    if s.flag("activation_checkpointing_in_recipe_at_main", default=False):
+    if s.flag("activation_checkpointing_in_recipe_at_main", default=False) and _is_parallel(s):
         s.assumed.append("recompute = full: not stated, as in a later recipe")
         return "full"
     if not kind:
@@ -115,6 +115,11 @@ def _from_settings(s: Settings, framework: Framework) -> str:
     if kind not in NO:
         s.assumed.append(f"recomputing {kind!r} is not known and not priced")
     return "none"
+
+
+def _is_parallel(s: Settings) -> bool:
+    """Return whether a run has several GPUs: Automodel's manager of them is what checkpoints."""
+    return (s.number("n_gpus") or 2) > 1
 
 
 def _names(text: str) -> list[str]:
