@@ -96,3 +96,13 @@ def test_scaling_by_rows_is_a_recipe_of_its_own() -> None:
         assert rows.job.precision.name == "fp8-rowwise"
         moved = rows.job.precision.quantise_bytes_per_element
         assert moved > tensor.job.precision.quantise_bytes_per_element
+
+
+def test_what_moves_frozen_weights_and_routed_tokens_is_read() -> None:
+    found = run({"model": {"disable_parameter_transpose_cache": True}, "fake_balanced_gate": True})
+    assert not found.job.execution.caches_quantised_weights
+    assert found.job.execution.neighbouring_experts
+    assert found.job.execution.forced_balance
+    usual = run({}).job.execution
+    assert usual.caches_quantised_weights
+    assert not usual.neighbouring_experts

@@ -268,22 +268,31 @@ def _matmul_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     m, k, n = _sides(op, p)
     flops_per_s, width = _matmul_precision(op, p)
     fwd = matmul_s(m, n, k, flops_per_s, width, p.at) + _quantise_s(op, m * k, p)
-    dgrad = matmul_s(m, k, n, flops_per_s, width, p.at) + _quantise_s(op, m * n, p)
+    dgrad = matmul_s(m, k, n, flops_per_s, width, p.at)
+    dgrad = dgrad + _quantise_s(op, m * n, p, of_gradient=True)
     wgrad = matmul_s(n, k, m, flops_per_s, width, p.at, _gradient_bytes(p))
     fwd = fwd + _weight_cast_s(op, k * n, p)
     if is_adapted(op, p.job):
-        adapter = _adapter_s(m, k, n, p)
-        fwd, dgrad = fwd + adapter, dgrad + adapter
+        adapter_fwd, adapter_bwd = _adapter_s(op, m, k, n, p)
+        fwd, dgrad = fwd + adapter_fwd, dgrad + adapter_bwd
     return fwd, dgrad, _trained(op, wgrad, p)
 
 
-def _adapter_s(m: Floats, k: Floats, n: Floats, p: Pricing) -> Floats:
-    """Seconds of one pass of a LoRA adapter: two thin products and an add, all bound by memory.
+def _adapter_s(op: Op, m: Floats, k: Floats, n: Floats, p: Pricing) -> tuple[Floats, Floats]:
+    """Seconds of a LoRA adapter (forward, backward): thin products and sums, bound by memory.
 
-    m * (k + 4n) elements: the input is read, the low-rank output written, scaled and added.
-    Ref: Hu et al., arXiv:2106.09685; Megatron-Bridge, ``peft.lora``. Left out: dropout, launches.
+    Forward m * (k + 6n) elements: the input is read, the output written, scaled and added to what
+    the frozen weight gives. Backward m * (5k + 4n): the gradient is scaled, read for both products
+    of the second factor; the input is read for the gradient of the first, and its own gradient is
+    written and added. Four kernels forward, seven backward. Where TP divides the layer, the
+    low-rank tensor is gathered or reduced each way. Ref: Hu et al., arXiv:2106.09685;
+    Megatron-Bridge, ``peft.utils.ParallelLinearAdapter``. Left out: dropout.
     """
-    return _stream_s(m * (k + 4.0 * n), p)
+    rank = m * p.job.lora_rank * p.job.precision.act_bytes
+    exchange = all_gather_s(rank, p.slice.spans.tp, p.net) if op.split else np.zeros_like(m)
+    fwd = _stream_s(m * (k + 6.0 * n), p) + 4.0 * p.at.kernel_s + exchange
+    bwd = _stream_s(m * (5.0 * k + 4.0 * n), p) + 7.0 * p.at.kernel_s + exchange
+    return fwd, bwd
 
 
 def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
@@ -307,7 +316,7 @@ def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     apart = 0.5 if p.job.execution.fused_experts else 1.0
     added = _stream_s(m * n * _has_bias(op) * p.factors.biased_experts_passes * apart, p)
     fwd = fwd + _quantise_s(op, m * k, p) + added + _weight_cast_s(op, experts * k * n, p)
-    dgrad = dgrad + _quantise_s(op, m * n, p) + added
+    dgrad = dgrad + _quantise_s(op, m * n, p, of_gradient=True) + added
     fullest = _fullest(op, p)
     return fwd * fullest, dgrad * fullest, _trained(op, wgrad, p) * fullest
 
@@ -368,16 +377,18 @@ QUANTISE_TRAFFIC = 2.0
 """Of recipes without a fitted factor."""
 
 
-def _quantise_s(op: Op, elements: Floats, p: Pricing) -> Floats:
+def _quantise_s(op: Op, elements: Floats, p: Pricing, *, of_gradient: bool = False) -> Floats:
     """Seconds to quantise an input, or the gradient of an output.
 
     It is read and written twice, the second time transposed for the weight gradient: where the
-    weight is frozen there is none. Ref: TransformerEngine, ``Float8Quantizer`` (column-wise usage).
+    weight is frozen there is none, but with delayed scaling one kernel casts and transposes
+    gradients all the same. Ref: TransformerEngine, ``fp8_cast_transpose_fused``, ``Quantizer``.
     """
     if _is_16_bit(op, p):
         return np.zeros_like(elements)
     moved = p.job.precision.quantise_bytes_per_element
-    if p.job.task == "lora" and moved > 0:
+    is_transposed = of_gradient and p.job.precision.name == "fp8"
+    if p.job.task == "lora" and moved > 0 and not is_transposed:
         moved -= p.job.precision.matmul_input_bytes
     passes = p.factors.quantise_traffic.get(p.job.precision.name, QUANTISE_TRAFFIC)
     return elements * moved * passes / p.at.hbm_bytes_per_s
@@ -386,14 +397,16 @@ def _quantise_s(op: Op, elements: Floats, p: Pricing) -> Floats:
 def _weight_cast_s(op: Op, weights: Floats, p: Pricing) -> Floats:
     """Seconds to quantise weights anew for a micro-batch: read in 16 bit, written both ways round.
 
-    ``weight_cast_share`` of the micro-batches do so, unless the weights themselves are in FP8.
-    Ref: TransformerEngine, ``is_first_microbatch`` (caching of quantised weights).
+    ``weight_cast_share`` of the micro-batches do so where what was quantised is kept, else all of
+    them, unless the weights themselves are in FP8. Ref: TransformerEngine,
+    ``is_first_microbatch`` (caching of quantised weights).
     """
     recipe = p.job.precision
     if _is_16_bit(op, p) or recipe.quantise_bytes_per_element == 0 or recipe.param_bytes < 2.0:
         return np.zeros_like(weights)
     moved = recipe.param_bytes + 2.0 * recipe.matmul_input_bytes
-    return p.factors.weight_cast_share * weights * moved / p.at.hbm_bytes_per_s
+    share = p.factors.weight_cast_share if p.job.execution.caches_quantised_weights else 1.0
+    return share * weights * moved / p.at.hbm_bytes_per_s
 
 
 def _trained(op: Op, wgrad: Floats, p: Pricing) -> Floats:
@@ -486,7 +499,7 @@ def expert_parallel_s(comm: Comm, p: Pricing) -> Floats:
     match p.job.execution.dispatcher:
         case "deepep" | "hybridep":
             once = (comm.elements * width + p.factors.dispatch_token_bytes) * s.sp_tokens
-            return dispatch_s(once, s.routed_tokens / s.sp_tokens / s.etp, s.spans.ep, p.net)
+            return dispatch_s(once, s.destinations, s.spans.ep, p.net)
         case "allgather":
             return all_gather_s(comm.elements * s.sp_tokens * width * s.ep, s.spans.ep, p.net)
         case _:

@@ -20,7 +20,7 @@ class Slice:
 
     ``tokens`` = mbs * seq_len / cp; ``sp_tokens`` divides them by TP under sequence parallelism;
     ``routed_tokens`` = sp_tokens * topk * etp arrive at the experts of a rank (balanced routing,
-    times the capacity factor where one pads).
+    times the capacity factor where one pads), ``destinations`` of which each token has.
     """
 
     tp: Floats
@@ -33,6 +33,7 @@ class Slice:
     tokens: Floats
     sp_tokens: Floats
     routed_tokens: Floats
+    destinations: Floats
     seq_len: int
     spans: Spans
     hierarchical_cp: tuple[int, ...] | None = None
@@ -69,8 +70,15 @@ def slices(model: Model, cluster: Cluster, job: Job, x: Layouts) -> Slice:
     """Return the slice of each row of ``x``."""
     tp, cp, ep, etp = (c.astype(np.float64) for c in (x.tp, x.cp, x.ep, x.etp))
     tokens = x.mbs * float(job.seq_len) / cp
+    over = spans(x, cluster)
     sp_tokens = np.where(x.sp > 0, tokens / tp, tokens)
     capacity = job.execution.capacity_factor or 1.0
+    topk = max(model.topk, 1)
+    destinations = np.full_like(ep, topk * capacity)
+    if job.execution.neighbouring_experts:
+        # They lie on few ranks beside each other, over a network within one domain.
+        ranks = np.clip(topk * ep / max(model.num_experts, 1), 1.0, topk)
+        destinations = np.where(over.ep.inside < over.ep.size, 1.0, ranks)
     return Slice(
         tp=tp,
         cp=cp,
@@ -81,9 +89,10 @@ def slices(model: Model, cluster: Cluster, job: Job, x: Layouts) -> Slice:
         recompute=x.recompute,
         tokens=tokens,
         sp_tokens=sp_tokens,
-        routed_tokens=sp_tokens * max(model.topk, 1) * etp * capacity,
+        routed_tokens=sp_tokens * topk * etp * capacity,
+        destinations=destinations,
         seq_len=job.seq_len,
-        spans=spans(x, cluster),
+        spans=over,
         hierarchical_cp=x.hierarchical_cp,
     )
 

@@ -158,6 +158,8 @@ class Execution:
     fused_wgrad_accumulation: bool = True
     keeps_placeholders: bool = True
     """Transformer Engine 2.x: empty gradients of fused accumulation stay allocated."""
+    caches_quantised_weights: bool = True
+    """Weights are quantised in the first micro-batch of a step and kept for the others."""
     grouped_gemm: bool = True
     fused_permute: bool = True
     """Routed tokens are sorted by one kernel, rather than by a chain of them."""
@@ -166,6 +168,8 @@ class Execution:
     fused_experts: bool = False
     """Transformer Engine's op fuser runs products, biases and activation of experts together."""
     forced_balance: bool = True
+    neighbouring_experts: bool = False
+    """The experts of a token are the next ones in order, as a router that only counts gives."""
     capacity_factor: float | None = None
     shared_expert_overlap: bool = False
     recompute_every_second_matmul: bool = False

@@ -235,6 +235,7 @@ def read_execution(
         ),
         fused_expert_activation=s.flag("bias_activation_fusion", default=not _is_module(s)),
         keeps_placeholders=_keeps_placeholders(s, framework),
+        caches_quantised_weights=not s.flag("disable_parameter_transpose_cache", default=False),
         grouped_gemm=s.flag("moe_grouped_gemm", default=not s.section("args")),
         fused_experts=s.flag("use_transformer_engine_op_fuser", default=False),
         fused_permute=s.flag("moe_permute_fusion", default=framework.name == "megatron-bridge"),
@@ -249,6 +250,7 @@ def read_execution(
         or s.flag("moe_token_drop", default=False)
         # A graph of the whole step has fixed shapes: what an expert gets is cut and padded.
         or graphs == "full",
+        neighbouring_experts=s.flag("fake_balanced_gate", default=False),
         capacity_factor=_capacity(s),
         shared_expert_overlap=s.flag("moe_shared_expert_overlap", default=False),
         recompute_every_second_matmul=by_op,
