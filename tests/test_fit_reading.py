@@ -341,6 +341,20 @@ def test_any_model_is_priced_or_refused_by_a_rule(name: str, words: dict[str, An
     judged(predict([{**ROW, "model": name, "tp": "1", "fsdp": "full:32"}], models)[0])
 
 
+@pytest.mark.parametrize("text", ["", "-", "N/A", "none", "null", "nan", "{}"])
+def test_other_settings_may_say_nothing(text: str) -> None:
+    assert not read_settings({**ROW, "other_settings": text}).words
+
+
+def test_other_settings_may_be_a_dict_in_the_words_of_python() -> None:
+    words = {"model": {"cp_comm_type": ["a2a"], "mtp_num_layers": None, "swiglu": True}, "a": 1.5}
+    rows = [{**ROW, "other_settings": text} for text in (str(words), json.dumps(words))]
+    assert read_settings(rows[0]).words == read_settings(rows[1]).words
+    for text in ("{'a': open}", "{'a': {1, 2}}", "{'a': b''}", "{'a'}", "{" * 10_000):
+        broken = predict([{**ROW, "other_settings": text}], MODELS)[0]
+        assert (broken.status, broken.why[:14]) == ("refused", "other_settings"), text
+
+
 MLA = "mlm-h1024-l16-a32-swiglu-e32k4-s1024-m1024-mla-mtp1-untied"
 
 

@@ -8,6 +8,7 @@ also holds are dropped here, so that no prediction can see them.
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -202,21 +203,29 @@ def read_settings(row: Mapping[str, str]) -> Settings:
     """Return the settings of a row. Raises ``DocumentError`` where they are no JSON object."""
     text = (row.get("other_settings") or "").strip()
     try:
-        nested: Any = json.loads(text) if text else {}
+        nested: Any = {} if text.lower() in NOT_STATED else json.loads(text)
     except json.JSONDecodeError as error:
-        raise DocumentError(
-            "other_settings", text[:60], f"It is a JSON object ({error.msg}).", "Write it as JSON."
-        ) from None
+        nested = _python_dict(text)
+        if nested is None:
+            rule = f"It is a JSON object ({error.msg})."
+            raise DocumentError("other_settings", text[:60], rule, "Write it as JSON.") from None
     except (RecursionError, ValueError):
         rule = "It is a JSON object of settings, not thousands of levels or digits."
         raise DocumentError("other_settings", text[:60], rule, "Write {}.") from None
-    if nested is None:
-        nested = {}
     if not isinstance(nested, dict):
         raise DocumentError("other_settings", text[:60], "It is a JSON object.", "Write {}.")
     flat = _flat(cast("dict[str, Any]", nested), "")
     words = {_unwrapped(k): v for k, v in flat if not MEASURED.search(k)}
     return Settings(cells=row, words=words)
+
+
+def _python_dict(text: str) -> Any:
+    """Return the dict that a text is in Python's words (``{'a': True}``), None where it is none."""
+    try:
+        found: Any = ast.literal_eval(text) if text.startswith("{") else None
+        return json.loads(json.dumps(found))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
 
 
 def _unwrapped(key: str) -> str:
