@@ -355,6 +355,15 @@ def test_other_settings_may_be_a_dict_in_the_words_of_python() -> None:
         assert (broken.status, broken.why[:14]) == ("refused", "other_settings"), text
 
 
+@pytest.mark.parametrize("off", [0, "0", False])
+def test_switches_add_up_nothing_where_nccl_may_not_let_them(off: Any) -> None:
+    def step_s(words: dict[str, Any]) -> float:
+        return one(words, tp="8", sequence_parallel="false").step_time_s or 0.0
+
+    assert step_s({}) == step_s({"env_vars": {"NCCL_NVLS_ENABLE": 1}})
+    assert step_s({}) < step_s({"env_vars": {"NCCL_NVLS_ENABLE": off}})
+
+
 MLA = "mlm-h1024-l16-a32-swiglu-e32k4-s1024-m1024-mla-mtp1-untied"
 
 

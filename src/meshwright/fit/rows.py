@@ -230,9 +230,12 @@ def _default_ffn(entry: dict[str, Any]) -> None:
 
 
 def read_cluster(s: Settings, num_gpus: int) -> Cluster:
-    """Return the machines of a row; a domain of 0 GPUs is none."""
+    """Return the machines of a row; a domain of 0 GPUs is none.
+
+    ``NCCL_NVLS_ENABLE=0`` keeps switches from adding up what GPUs send.
+    """
     domain = s.number("nvlink_domain")
-    return build_cluster(
+    cluster = build_cluster(
         s.cell("gpu"),
         num_gpus,
         system=s.cell("system"),
@@ -241,6 +244,7 @@ def read_cluster(s: Settings, num_gpus: int) -> Cluster:
         network=s.cell("internode"),
         nearest=True,
     )
+    return replace(cluster, nvls=cluster.nvls and s.flag("NCCL_NVLS_ENABLE", default=True))
 
 
 def read_question(s: Settings) -> tuple[Statistic, Rank]:
