@@ -364,6 +364,29 @@ def test_switches_add_up_nothing_where_nccl_may_not_let_them(off: Any) -> None:
     assert step_s({}) < step_s({"env_vars": {"NCCL_NVLS_ENABLE": off}})
 
 
+@pytest.mark.parametrize("name", ["muon", "dist_muon", "Lion", "sgd"])
+def test_optimizers_of_one_moment_keep_half_of_what_adam_keeps(name: str) -> None:
+    adam, other = (run({"optimizer": {"optimizer": word}}) for word in ("adam", name))
+    assert other.job.precision.moment_bytes == adam.job.precision.moment_bytes / 2
+    assert other.job.precision.master_bytes == adam.job.precision.master_bytes
+
+
+def test_muon_shards_what_it_holds_though_its_switch_is_off() -> None:
+    words = {"optimizer": {"optimizer": "dist_muon", "use_distributed_optimizer": False}}
+    assert run(words).layout.zero == Zero.optim
+    words["optimizer"]["optimizer"] = "adam"
+    assert run(words).layout.zero == Zero.no_shard
+
+
+def test_segments_grow_where_a_word_of_its_own_says_so() -> None:
+    for words in (
+        {"expandable_segments": True},
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+    ):
+        assert run(words).job.execution.expandable_segments
+    assert not run({}).job.execution.expandable_segments
+
+
 MLA = "mlm-h1024-l16-a32-swiglu-e32k4-s1024-m1024-mla-mtp1-untied"
 
 

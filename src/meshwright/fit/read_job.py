@@ -79,6 +79,9 @@ def read_precision(s: Settings, framework: Framework, *, is_latent: bool = False
     if is_latent and framework.name == "megatron-bridge" and not s.section("optimizer"):
         s.assumed.append("16-bit moments: as in the recipes of models with latent attention")
         changes["moment_bytes"] = 4.0
+    if re.search("muon|lion|sgd", s.text("optimizer")):
+        # These keep one moment of a gradient.
+        changes["moment_bytes"] = recipe.moment_bytes / 2
     if s.flag("use_precision_aware_optimizer", default=False):
         first = _dtype_bytes(s, "exp_avg_dtype", 4.0)
         second = _dtype_bytes(s, "exp_avg_sq_dtype", 4.0)
@@ -266,7 +269,7 @@ def read_execution(
         gathers_from_master=framework.gathers_from_master,
         expandable_segments="expandable_segments:true" in allocator
         if (allocator := s.text("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
-        else framework.expandable_segments,
+        else s.flag("expandable_segments", default=framework.expandable_segments),
         power_boost=s.flag("vboost", default="with vboost" in s.text("condition")),
     )
 

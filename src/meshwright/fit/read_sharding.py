@@ -93,6 +93,8 @@ def _without_fsdp(s: Settings, framework: Framework, group: int) -> tuple[Zero, 
         "use_distributed_optimizer",
         default=framework.distributed_optimizer,
     )
+    # Megatron's Muon deals whole matrices out to the ranks.
+    used = used or s.text("optimizer").startswith("dist_")
     instances = s.whole(REPLICAS[0], default=1)
     replicas = instances if used and instances > 1 and group % instances == 0 else 1
     return (Zero.optim if used else Zero.no_shard), replicas
