@@ -106,3 +106,13 @@ def test_what_moves_frozen_weights_and_routed_tokens_is_read() -> None:
     usual = run({}).job.execution
     assert usual.caches_quantised_weights
     assert not usual.neighbouring_experts
+
+
+def test_a_deferred_head_waits_as_long_as_in_recipes_unless_told() -> None:
+    for words, waiting in (
+        ({}, 0),
+        ({"defer_embedding_wgrad_compute": True}, 22),
+        ({"defer_embedding_wgrad_compute": True, "wgrad_deferral_limit": 50}, 50),
+        ({"defer_embedding_wgrad_compute": False, "wgrad_deferral_limit": 50}, 0),
+    ):
+        assert run({"comm_overlap": words}).job.execution.deferred_head_microbatches == waiting

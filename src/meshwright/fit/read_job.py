@@ -296,11 +296,18 @@ def _has_dropout(s: Settings) -> bool:
     return s.text("normalization") != "rmsnorm"
 
 
+DEFERRED_MICROBATCHES = 22
+"""``wgrad_deferral_limit`` of NeMo's and Megatron-Bridge's recipes of large Llamas."""
+
+
 def _deferred(s: Settings) -> int:
-    """Return for how many micro-batches the head's weight gradient waits (0 limit: one)."""
+    """Return for how many micro-batches the head's weight gradient waits (0 limit: one).
+
+    A row that has the switch and no limit has that of NeMo's recipes.
+    """
     if not s.flag("defer_embedding_wgrad_compute", default=False):
         return 0
-    return max(s.whole("wgrad_deferral_limit"), 1)
+    return max(s.whole("wgrad_deferral_limit", default=DEFERRED_MICROBATCHES), 1)
 
 
 def _is_rack_recipe(s: Settings, framework: Framework) -> bool:
