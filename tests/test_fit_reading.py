@@ -387,6 +387,15 @@ def test_segments_grow_where_a_word_of_its_own_says_so() -> None:
     assert not run({}).job.execution.expandable_segments
 
 
+def test_offloading_the_fused_experts_is_offloading_their_products_and_activation() -> None:
+    def peak_bytes(modules: list[str]) -> float:
+        words = {"fine_grained_activation_offloading": True, "offload_modules": modules}
+        return one({"model": words}, model=MLA, tp="1", ep="8").peak_bytes or 0.0
+
+    apart = peak_bytes(["expert_fc1", "moe_act"])
+    assert peak_bytes(["fused_group_mlp"]) == apart < peak_bytes([])
+
+
 MLA = "mlm-h1024-l16-a32-swiglu-e32k4-s1024-m1024-mla-mtp1-untied"
 
 

@@ -262,9 +262,7 @@ def read_execution(
         packed_sample_tokens=PACKED_SAMPLE_TOKENS if _packs_samples(s, framework) else 0,
         optimizer_offload_fraction=min(max(_fraction(s, "optimizer_offload_fraction"), 0.0), 1.0),
         activation_offload_layers=offload,
-        offloaded_modules=frozenset(s.items("offload_modules"))
-        if s.flag("fine_grained_activation_offloading", default=False)
-        else frozenset(),
+        offloaded_modules=_offloaded_modules(s),
         bucket_bytes=framework.bucket_bytes,
         gathers_from_master=framework.gathers_from_master,
         expandable_segments="expandable_segments:true" in allocator
@@ -272,6 +270,17 @@ def read_execution(
         else s.flag("expandable_segments", default=framework.expandable_segments),
         power_boost=s.flag("vboost", default="with vboost" in s.text("condition")),
     )
+
+
+FUSED_GROUP_MLP = frozenset({"expert_fc1", "moe_act"})
+"""What the experts' products and activation are where no op fuser makes them one module."""
+
+
+def _offloaded_modules(s: Settings) -> frozenset[str]:
+    if not s.flag("fine_grained_activation_offloading", default=False):
+        return frozenset()
+    names = frozenset(s.items("offload_modules"))
+    return names | FUSED_GROUP_MLP if "fused_group_mlp" in names else names
 
 
 def _packs_samples(s: Settings, framework: Framework) -> bool:
