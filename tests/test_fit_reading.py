@@ -396,6 +396,23 @@ def test_offloading_the_fused_experts_is_offloading_their_products_and_activatio
     assert peak_bytes(["fused_group_mlp"]) == apart < peak_bytes([])
 
 
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [
+        ("allocated GiB on the last rank (last pipeline stage), maximum over the run", "last"),
+        ("peak of the last stage", "last"),
+        ("allocated GiB rank 0", "first"),
+        ("rank-0 measured peak GB after iteration 2", "first"),
+        ("GiB, accounting of parameters and activations (first pipeline stage)", "first"),
+        ("device memory in use, GB (nvidia-smi, node with the embedding)", "first"),
+        ("allocated GiB (max over ranks)", "fullest"),
+        ("allocated GiB on rank 10, last iterations", "fullest"),
+    ],
+)
+def test_the_rank_that_is_asked_for_is_read_from_words(kind: str, rank: str) -> None:
+    assert run(peak_memory_stat="allocated", peak_memory_kind=kind).rank == rank
+
+
 MLA = "mlm-h1024-l16-a32-swiglu-e32k4-s1024-m1024-mla-mtp1-untied"
 
 

@@ -256,8 +256,8 @@ def read_question(s: Settings) -> tuple[Statistic, Rank]:
     elif stat == "reserved" or (stat not in ("allocated", "accounting") and "reserved" in kind):
         statistic = "reserved"
     rank: Rank = "fullest"
-    if "last" in kind and "stage" in kind:
+    if re.search(r"last (pipeline )?(stage|rank)", kind):
         rank = "last"
-    elif "rank 0" in kind or "rank-0" in kind or "embedding" in kind:
+    elif re.search(r"rank[ -]?0\b|embedding|first (pipeline )?stage", kind):
         rank = "first"
     return statistic, rank
