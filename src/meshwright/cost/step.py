@@ -429,7 +429,8 @@ def pipeline_bound_s(t: Table, g: Group) -> Floats:
     for line, messages in enumerate(s.bound_p2p):
         time = work[:, line][g.slice_of] + t.message_s[g.rows] * messages
         np.maximum(bound, time, out=bound)
-    return bound
+    # A line counts what waits at most once, and it may run beside the drain.
+    return bound - deferred_head_s(t, g)
 
 
 def stage_seconds(t: Table, g: Group) -> tuple[Floats, Floats, Floats]:
@@ -440,14 +441,31 @@ def stage_seconds(t: Table, g: Group) -> tuple[Floats, Floats, Floats]:
     backward = np.einsum("nk,sk->ns", p.backward[at], s.runs) + np.einsum(
         "nk,sk->ns", p.reruns[at], s.reruns
     )
+    backward[:, -1] -= deferred_head_s(t, g) / g.key.num_microbatches
     return forward, backward, np.einsum("nk,sk->ns", p.weight_grad[at], s.runs)
+
+
+def deferred_head_s(t: Table, g: Group) -> Floats:
+    """Return the seconds [n] of the head's weight gradients that wait for the end of the pipeline.
+
+    min(limit, micro-batches) * weight gradient of the head: the last rank computes them when its
+    part of the schedule is over, while the others still drain. Ref: Megatron-LM,
+    ``defer_embedding_wgrad_compute``, ``wgrad_deferral_limit``.
+    """
+    waiting = min(t.job.execution.deferred_head_microbatches, g.key.num_microbatches)
+    splits = schedule_module(Pipeline(g.key.schedule)).SPLITS_BACKWARD
+    if g.key.pp == 1 or splits or not waiting:
+        return np.zeros(len(g.rows))
+    head = t.priced.facts.num_layer_kinds + 1
+    return waiting * t.priced.weight_grad[g.slices[g.slice_of], head]
 
 
 def simulate_group(t: Table, g: Group, message_s: Floats) -> Simulation:
     """Simulate the schedule of a group for its rows; ``message_s`` [n] delays each message.
 
     A stage takes the sum of the seconds of its blocks; ``parallel.pipeline.simulate`` starts each
-    action as soon as it can; the bubble is what the slowest rank waits.
+    action as soon as it can; the bubble is what the slowest rank waits. Weight gradients of the
+    head that are deferred come last on its rank.
     Ref: Narayanan et al., arXiv:2104.04473, section 2.2; Qi et al., arXiv:2401.10241.
     """
     key = g.key
@@ -459,9 +477,11 @@ def simulate_group(t: Table, g: Group, message_s: Floats) -> Simulation:
         )
         return simulate(schedule, forward, backward, message_s, weight)
 
+    deferred = deferred_head_s(t, g)
+
     m = key.num_microbatches
     if m <= MOST_SIMULATED:
-        return run(m)
+        return _then_deferred(run(m), deferred)
     # A long pipeline repeats itself: after its start every round takes what the last one took.
     rounds = max(m // key.pp, 1)
     cycle = key.microbatch_group_size or (m // rounds if m % rounds == 0 else key.pp)
@@ -472,11 +492,22 @@ def simulate_group(t: Table, g: Group, message_s: Floats) -> Simulation:
     def after(a: Floats, b: Floats) -> Floats:
         return a + more * (b - a)
 
-    return Simulation(
+    whole = Simulation(
         after(first.step_s, second.step_s),
         after(first.busy_s, second.busy_s),
         after(first.rank_end_s, second.rank_end_s),
     )
+    return _then_deferred(whole, deferred)
+
+
+def _then_deferred(found: Simulation, deferred_s: Floats) -> Simulation:
+    """Return a simulation whose last rank works ``deferred_s`` [n] longer."""
+    if not deferred_s.any():
+        return found
+    busy, ends = found.busy_s.copy(), found.rank_end_s.copy()
+    busy[:, -1] += deferred_s
+    ends[:, -1] += deferred_s
+    return Simulation(np.maximum(found.step_s, ends[:, -1]), busy, ends)
 
 
 def beside_pipeline_s(t: Table, g: Group) -> tuple[Floats, Floats]:
