@@ -141,7 +141,7 @@ def block_bytes(block: Block, p: Pricing, hidden_size: int) -> BlockBytes:
                 size = size * fullest_routing(p)
             selective = int(saved.dropped & ~Recompute.full & ~Recompute.block)
             if OFFLOADED_AS.get(saved.name) in p.job.execution.offloaded_modules:
-                away += size
+                away += np.where((p.slice.recompute & selective) != 0, 0.0, size)
                 continue
             if p.job.execution.recompute_every_second_matmul and block.hidden_inputs:
                 size = size * _KEPT_BY_OP.get(saved.name, 0.0)
