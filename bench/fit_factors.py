@@ -31,6 +31,7 @@ from meshwright.fit.fitting import (
     log_errors,
     measured_runs,
     slopes_of,
+    uninformed,
 )
 from meshwright.fit.interval import step_time_width
 
@@ -45,7 +46,7 @@ def main() -> None:
     rows, runs = measured_runs(load_runs(shipped("runs.csv.gz")), models)
     names = list(LIMITS)
     print(f"{len(runs)} runs, {len(names)} factors; before: {describe(log_errors(runs, fitted()))}")
-    found = fit(runs, fitted(), names, iterations=wanted.turns, progress=print)
+    found = fit(runs, fitted(), names, iterations=wanted.turns, progress=print, prior_of=uninformed)
     errors = log_errors(runs, found)
     slopes = slopes_of(runs, found, names, errors)
     for title, key in (("model", "model"), ("GPU type", "gpu")):
@@ -80,8 +81,9 @@ def as_toml(factors: Factors) -> str:
         "# Fitted factors of the cost model. Facts of hardware are in describe/hardware.",
         f"# How: bench/fit_factors.py on the shipped runs, {today}, Python "
         f"{platform.python_version()} on {machine}.",
-        "# module_host_s: layers of tiny models in Megatron-LM's tests on H100 (2.75 ms for 11)"
-        ", not fitted.",
+        "# Not fitted: module_host_s (layers of tiny models in Megatron-LM's tests on H100),",
+        "# attention fractions but those of flash2, softmax_share (published speeds of kernels:",
+        "# arXiv:2307.08691, arXiv:2407.08608, cuDNN's on Blackwell).",
         "",
     ]
     tables: list[str] = []

@@ -24,8 +24,8 @@ from meshwright.fit.fitting import (
     left_out_errors,
     log_errors,
     predicted_s,
-    prior_of,
     slopes_of,
+    uninformed,
     value_of,
     with_values,
 )
@@ -232,8 +232,8 @@ def test_what_no_other_run_informs_goes_back_to_its_prior() -> None:
     left_out = left_out_errors(errors, slopes, ["a"] * 4, factors, names)
     assert np.all(left_out < 0.0)
     assert left_out[0] < -0.05
-    assert prior_of(factors, names[0]) == 1.0
-    assert prior_of(factors, "hbm_fraction") == Factors().hbm_fraction
+    assert uninformed(factors, names[0]) == 1.0
+    assert uninformed(factors, "hbm_fraction") == Factors().hbm_fraction
 
 
 def test_a_fit_without_some_runs_stays_within_the_limits_of_its_factors() -> None:

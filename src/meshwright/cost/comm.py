@@ -158,10 +158,13 @@ def all_to_all_s(local_bytes: Floats, over: Span, net: Network) -> Floats:
     return np.where(g > 1, np.maximum(within, across) + _latency_s(over, net), 0.0)
 
 
-def dispatch_s(token_bytes: Floats, topk: Floats, over: Span, net: Network) -> Floats:
+def dispatch_s(
+    token_bytes: Floats, handled_bytes: Floats, topk: Floats, over: Span, net: Network
+) -> Floats:
     """Dispatch or combine of DeepEP and HybridEP: a token goes once to each rank that needs it.
 
-    ``token_bytes``: all tokens of a rank, once. Of g ranks each gets a token with probability
+    ``token_bytes``: all tokens of a rank, once; ``handled_bytes``: what NVLink could move while
+    multiprocessors sort and copy them. Of g ranks each gets a token with probability
     1 - (1 - 1/g)^topk; over the network it goes once to each domain, 1 - (1 - inside/g)^topk.
     Ref: DeepSeek-AI, arXiv:2412.19437, section 3.2.2; github.com/deepseek-ai/DeepEP. Left out:
     routing limited to few nodes, and the multiprocessors that the kernels take from compute.
@@ -169,7 +172,7 @@ def dispatch_s(token_bytes: Floats, topk: Floats, over: Span, net: Network) -> F
     g, inside = over.size, over.inside
     ranks = (g - 1) * (1 - (1 - 1 / g) ** topk)
     domains = (g / inside - 1) * (1 - (1 - inside / g) ** topk)
-    within = token_bytes * ranks / (net.link_bytes_per_s * net.dispatch_fraction)
+    within = (token_bytes + handled_bytes) * ranks / (net.link_bytes_per_s * net.dispatch_fraction)
     across = token_bytes * domains / (net.network_bytes_per_s * net.dispatch_fraction)
     return np.where(g > 1, np.maximum(within, across) + _latency_s(over, net), 0.0)
 

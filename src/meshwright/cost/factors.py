@@ -35,8 +35,8 @@ class Factors:
     ``weight_cast_share``: micro-batches that quantise weights anew. ``scan_fraction``: share of
     peak of state-space scans.
     ``biased_experts_passes``: elements moved beside the products of experts with biases, for
-    each of their outputs. ``imbalance_fraction``: for each doubling of the expert-parallel
-    ranks, how much the fullest gets beyond the mean where the router is not forced to balance.
+    each of their outputs. ``imbalance_fraction``: share of all tokens that choose
+    the fullest rank beside its own, where the router is not forced to balance.
     ``power_exponent``: how speed falls with the power limit per peak FLOP/s.
     ``usual_w_per_tflops``: that limit of the card that a family's shares refer to (a fact).
     ``clock_fraction``: the clock that a card holds over what the law expects of it.
@@ -74,7 +74,7 @@ class Factors:
     quantise_traffic: Mapping[str, float] = field(default_factory=dict[str, float])
     half_rows: Mapping[str, float] = field(default_factory=dict[str, float])
     grouped_half_rows: float = 96.0
-    imbalance_fraction: float = 0.1
+    imbalance_fraction: float = 0.02
     power_exponent: float = 0.6
     power_boost_fraction: float = 0.03
     link_fraction: float = 0.75
@@ -93,7 +93,7 @@ class Factors:
     pp_hidden_fraction: float = 0.8
     kernel_s: float = 3e-6
     host_op_s: float = 9e-6
-    module_host_s: float = 90e-6
+    module_host_s: float = 110e-6
     routing_sync_s: float = 100e-6
     checkpoint_sync_s: float = 4e-3
     step_overhead_s: float = 0.02

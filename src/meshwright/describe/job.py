@@ -120,6 +120,8 @@ class Execution:
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     overlap_tp_comm: bool = True
+    asynchronous_tp: bool = False
+    """Tensor parallelism overlaps as PyTorch's async TP does, not through user buffers."""
     overlap_cp_comm: bool = True
     overlap_ep_comm: bool = False
     overlap_pp_comm: bool = True

@@ -204,6 +204,7 @@ def read_execution(
             "async_tp",
             default=framework.overlap_tp and s.task != "lora",
         ),
+        asynchronous_tp=s.flag("async_tp", default=False),
         overlap_ep_comm=s.flag(
             "overlap_moe_expert_parallel_comm", "moe_a2a_overlap", default=False
         ),
@@ -350,6 +351,8 @@ def _cuda_graphs(
         # Recipes drop tokens to have fixed shapes, which is what graphs need.
         drops = s.flag("moe_token_drop", default=False)
         whole = not kind and s.flag("cuda_graphs", "enable_cuda_graph", default=drops)
+        # A paged stash is how experts that drop nothing fit into a graph of the whole step.
+        whole = whole or s.flag("moe_paged_stash", default=False)
         return ("full", frozenset()) if whole else ("none", frozenset())
     if kind == "full_iteration" or "full_iteration" in scope:
         return "full", frozenset()
