@@ -1,4 +1,4 @@
-"""What the host, the loss and the sending of tokens cost: laws, and times that were measured."""
+"""What the host, the loss, tokens sent and fused experts cost: laws, and measured times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from meshwright.cost.detail import Estimate, estimate
 from meshwright.cost.factors import fitted
 from meshwright.cost.slices import slices
 from meshwright.describe.cluster import load_cluster
-from meshwright.describe.job import Execution, Job
+from meshwright.describe.job import Execution, Job, precision
 from meshwright.describe.model import Model, OpKind
 from meshwright.describe.models import load_model
 from meshwright.fit.documents import load_models, shipped
@@ -135,3 +135,36 @@ def test_a_paged_stash_is_read_as_a_graph_of_the_whole_step() -> None:
     without = read_row({**row, "other_settings": json.dumps({"cuda_graph_impl": "none"})}, models)
     assert with_stash.job.execution.cuda_graphs == "full"
     assert without.job.execution.cuda_graphs == "none"
+
+
+def test_attention_in_fp8_is_faster_both_ways() -> None:
+    def attention_s(*, fp8: bool) -> tuple[float, float]:
+        asked = Job(seq_len=8192, gbs=8, execution=Execution(fp8_attention=fp8))
+        part = slices(LLAMA, HOPPER, asked, table([layout(gpus=8)]))
+        ops = [op for block in LLAMA.block_kinds for op in block.ops]
+        attention = next(op for op in ops if op.kind is OpKind.attention)
+        forward, backward, _ = op_seconds(attention, pricing(part, asked, HOPPER, fitted()))
+        return float(forward[0]), float(backward[0])
+
+    wide, narrow = attention_s(fp8=False), attention_s(fp8=True)
+    assert 0.5 < narrow[0] / wide[0] < 0.9
+    assert 0.5 < narrow[1] / wide[1] < 0.9
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8-mx"])
+def test_fused_experts_save_what_passes_between_their_products(recipe: str) -> None:
+    qwen, rack = load_model("qwen3-30b-a3b"), load_cluster("8xGB200")
+
+    def experts_s(*, fused: bool) -> float:
+        execution = Execution(fused_experts=fused, cuda_graphs="full")
+        asked = Job(seq_len=4096, gbs=64, precision=precision(recipe), execution=execution)
+        part = slices(qwen, rack, asked, table([layout(ep=8, gpus=8)]))
+        priced = pricing(part, asked, rack, fitted())
+        names = ("experts_fc1", "experts_activation", "experts_fc2")
+        ops = {op.name: op for block in qwen.block_kinds for op in block.ops}
+        return sum(float(sum(s[0] for s in op_seconds(ops[name], priced))) for name in names)
+
+    if recipe == "bf16":
+        assert experts_s(fused=True) == experts_s(fused=False)
+    else:
+        assert 0.7 < experts_s(fused=True) / experts_s(fused=False) < 0.95

@@ -268,10 +268,16 @@ def op_seconds(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
         return fwd, 2.0 * fwd, np.zeros_like(fwd)
     if op.kind is OpKind.cross_entropy:
         return _loss_op(op, p)
+    if op.name == "experts_activation" and _is_fused_away(p):
+        return np.zeros_like(p.slice.tp), np.zeros_like(p.slice.tp), np.zeros_like(p.slice.tp)
     fwd = _stream(op, op.moved_per_token, p)
     back = op.backward_moved_per_token
     bwd = _stream(op, 2.0 * op.moved_per_token if back is None else back, p)
     return fwd, bwd, np.zeros_like(fwd)
+
+
+def _is_fused_away(p: Pricing) -> bool:
+    return p.job.execution.fused_experts and p.job.precision.quantise_bytes_per_element > 0
 
 
 LOSS_BYTES: dict[CrossEntropy, tuple[float, float]] = {
@@ -343,6 +349,12 @@ def _adapter_s(op: Op, m: Floats, k: Floats, n: Floats, p: Pricing) -> tuple[Flo
 
 
 def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
+    """Return the seconds of a product of all experts, forward and both gradients.
+
+    Transformer Engine's op fuser quantises what passes between the two products of an MLP, and
+    runs its activation, in the kernels of the products. Ref: TransformerEngine,
+    ``ops.fused.forward_grouped_mlp``.
+    """
     m, k, n = _sides(op, p)
     experts = np.maximum(op.copies / p.slice.ep, 1.0)
     flops_per_s, width = _matmul_precision(op, p)
@@ -362,8 +374,12 @@ def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     # fuser joins those forward with their products, and about half of the traffic stays.
     apart = 0.5 if p.job.execution.fused_experts else 1.0
     added = _stream_s(m * n * _has_bias(op) * p.factors.biased_experts_passes * apart, p)
-    fwd = fwd + _quantise_s(op, m * k, p) + added + _weight_cast_s(op, experts * k * n, p)
-    dgrad = dgrad + _quantise_s(op, m * n, p, of_gradient=True) + added
+    fwd = fwd + added + _weight_cast_s(op, experts * k * n, p)
+    dgrad = dgrad + added
+    if not (_is_fused_away(p) and op.split == "in"):
+        fwd = fwd + _quantise_s(op, m * k, p)
+    if not (_is_fused_away(p) and op.split == "out"):
+        dgrad = dgrad + _quantise_s(op, m * n, p, of_gradient=True)
     fullest = _fullest(op, p)
     return fwd * fullest, dgrad * fullest, _trained(op, wgrad, p) * fullest
 

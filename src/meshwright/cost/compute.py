@@ -64,7 +64,7 @@ def speeds(gpu: Gpu, precision: Precision, execution: Execution, factors: Factor
         * min(factors.matmul(kind, wide) * clock, MOST_OF_PEAK),
         attention_flops_per_s=peak[attention] * factors.attention(kind, kernel) * clock,
         exponentials_per_s=gpu.exponentials_per_s * clock / factors.softmax_share,
-        attention_backward_flops_per_s=peak[wide]
+        attention_backward_flops_per_s=peak[attention]
         * most_specific(factors.attention_backward_fraction, kind, kernel, 0.5)
         * clock,
         grouped_fraction=most_specific(factors.grouped_matmul_fraction, kind, matmul, 0.85),
@@ -175,8 +175,8 @@ def attention_backward_s(
 ) -> Floats:
     """Seconds of flash attention backward: as forward, with 5/2 of its products.
 
-    Scores are computed again, so every pair takes its exponential once more. It runs in 16 bit
-    whatever the forward does. Ref: Dao, arXiv:2307.08691, section 3.
+    Scores are computed again, so every pair takes its exponential once more. It runs in the dtype
+    of the forward. Ref: Dao, arXiv:2307.08691, section 3; TransformerEngine, ``NVTE_FP8_DPA_BWD``.
     """
     pairs = tokens * heads * context
     products = ATTENTION_BACKWARD_FLOPS * 2.0 * head_dims / at.attention_backward_flops_per_s

@@ -20,22 +20,22 @@ from meshwright.describe.model import Model
 HELD_FRACTION = 0.9
 """The share of runs whose measured value an interval is to hold."""
 
-KNOWN_RUN = 0.11
+KNOWN_RUN = 0.105
 """A dense model, every setting stated, on a GPU type that was measured."""
 
-NOT_STATED = 0.27
+NOT_STATED = 0.2
 """A setting that moves the time, such as the micro-batch or what is recomputed, is supplied."""
 
-EXPERTS = 0.26
+EXPERTS = 0.22
 """Routed experts: dispatchers and grouped kernels differ by release."""
 
-FREE_ROUTING = 0.65
+FREE_ROUTING = 0.5
 """... that nothing balances: the fullest rank is of the data."""
 
-ADAPTERS = 0.25
+ADAPTERS = 0.2
 """LoRA: small kernels that frameworks run differently."""
 
-UNMEASURED_GPU = 0.16
+UNMEASURED_GPU = 0.15
 """What the datasheet of a GPU type without a measured run leaves open."""
 
 MEASURED_GPUS = (
