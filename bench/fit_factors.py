@@ -2,8 +2,9 @@
 
     python bench/fit_factors.py [--turns 3] [--write]      a few minutes on one core
 
-Prints the errors after each turn of the fit, then those with every model, and every GPU type, left
-out of the fit in turn. ``--write`` replaces ``src/meshwright/cost/factors.toml``.
+Prints the errors after each turn of the fit, then those with every model, every GPU type, and every
+model on one GPU in one precision, left out of the fit in turn. ``--write`` replaces
+``src/meshwright/cost/factors.toml``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ from meshwright.fit.fitting import (
 )
 from meshwright.fit.interval import step_time_width
 
+FOLDS = {
+    "model": ("model",),
+    "GPU type": ("gpu",),
+    "model on one GPU type, in one precision and task,": ("model", "gpu", "precision", "task"),
+}
+"""What is left out of the fit together, in turn."""
+
 
 def main() -> None:
     """Fit, validate, and write on demand."""
@@ -49,25 +57,25 @@ def main() -> None:
     found = fit(runs, fitted(), names, iterations=wanted.turns, progress=print, prior_of=uninformed)
     errors = log_errors(runs, found)
     slopes = slopes_of(runs, found, names, errors)
-    for title, key in (("model", "model"), ("GPU type", "gpu")):
-        left_out = left_out_errors(errors, slopes, [row[key] for row in rows], found, names)
-        print(
-            f"with each {title} left out in turn: {describe(left_out)}; {held(runs, left_out, key)}"
-        )
+    for title, columns in FOLDS.items():
+        folds = ["|".join(row[c] for c in columns) for row in rows]
+        left_out = left_out_errors(errors, slopes, folds, found, names)
+        share = held(runs, left_out, gpu_is_new="gpu" in columns and len(columns) == 1)
+        print(f"with each {title} left out in turn: {describe(left_out)}; {share}")
     if wanted.write:
         path = Path(str(meshwright.cost.__file__)).parent / "factors.toml"
         path.write_text(as_toml(found), encoding="ascii")
         print(f"wrote {path.name}")
 
 
-def held(runs: Sequence[Measured], left_out: Floats, key: str) -> str:
+def held(runs: Sequence[Measured], left_out: Floats, *, gpu_is_new: bool) -> str:
     """Return the share of runs whose intervals hold what was measured, as text.
 
-    With its GPU type left out (``key`` is "gpu") a run has the interval of one without runs.
+    With its GPU type left out (``gpu_is_new``) a run has the interval of one without runs.
     """
     widths = [
         step_time_width(
-            m.run.model, m.run.job, "" if key == "gpu" else m.run.cluster.gpu.name, m.run.assumed
+            m.run.model, m.run.job, "" if gpu_is_new else m.run.cluster.gpu.name, m.run.assumed
         )
         for m in runs
     ]
