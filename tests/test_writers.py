@@ -17,7 +17,7 @@ import meshwright
 from launches import MODELS, plans, read_back, said
 from meshwright.checks import Case, judge_one
 from meshwright.describe.cluster import load_cluster
-from meshwright.describe.job import Execution, Job, job
+from meshwright.describe.job import PRECISIONS, Execution, Job, job
 from meshwright.describe.model import Model
 from meshwright.describe.models import load_model
 from meshwright.errors import LaunchError
@@ -190,6 +190,19 @@ def test_what_a_framework_cannot_express_is_refused_by_name(
     with pytest.raises(LaunchError) as error:
         launch_files(model, None, wanted, x, framework)
     assert error.value.field == refused[0].field
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_every_precision_is_written_or_refused_by_name(framework: str, name: str) -> None:
+    model, wanted = meshwright.load_model("llama3-8b"), job(seq_len=4096, gbs=64)
+    wanted = replace(wanted, precision=PRECISIONS[name])
+    x = replace(from_text("dp=8"), zero=int(ZERO.get(framework, (Zero.optim,))[0]))
+    refused = unsupported(model, None, wanted, x, framework)
+    if refused:
+        assert {f.field for f in refused} == {"job.precision"}
+    else:
+        assert launch_files(model, None, wanted, x, framework)
 
 
 def test_connections_follow_the_overlap_and_the_gpu() -> None:

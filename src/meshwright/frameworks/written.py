@@ -118,6 +118,9 @@ def megatron_refusals(target: Target, title: str) -> list[Finding]:
         rule = f"{title} lays ranks out as {DEFAULT_ORDER} or tp-cp-ep-pp-dp."
         found.append(refusal("layout.order", x.order, rule, f"Use order={DEFAULT_ORDER}."))
     found += _switch_refusals(target, title)
+    if target.job.precision.name == "fp8-rowwise":
+        rule = f"{title} scales FP8 by tensor or by block, not by row."
+        found.append(refusal("job.precision", "fp8-rowwise", rule, "Use fp8-cs."))
     if x.zero == Zero.no_shard and x.dp_replicate > 1:
         rule = f"{title} counts replicas of a sharded optimizer; this layout shards none."
         found.append(refusal("layout.dp_replicate", x.dp_replicate, rule, "Use dp_replicate=1."))
