@@ -31,9 +31,11 @@ ROW = {
 
 
 def run(words: dict[str, Any] | None = None, **cells: str) -> Run:
+    """Return what ``ROW`` is read as with other cells and further settings."""
     return read_row({**ROW, **cells, "other_settings": json.dumps(words or {})}, MODELS)
 
 
 def one(words: dict[str, Any] | None = None, **cells: str) -> Prediction:
+    """Return the prediction of ``ROW`` with other cells and further settings."""
     row = {**ROW, **cells, "other_settings": json.dumps(words or {})}
     return predict([row], MODELS)[0]

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
-from meshwright.fit.documents import load_models, shipped
-from meshwright.fit.rows import Run, read_row
+import run_rows
+from meshwright.fit.rows import Run
 from meshwright.parallel.layout import Recompute
-
-MODELS = load_models(shipped("models.json.gz"))
-
-ROW = {
-    "id": "a",
-    "model": "llama3-8b",
-    "gpu": "H100-SXM-80GB",
-    "n_gpus": "32",
-    "precision": "bf16",
-    "gbs": "64",
-    "mbs": "1",
-    "seq_len": "4096",
-    "tp": "1",
-    "pp": "1",
-    "cp": "1",
-    "fsdp": "none",
-}
 
 
 def run(words: dict[str, Any], **cells: str) -> Run:
-    return read_row({**ROW, **cells, "other_settings": json.dumps(words)}, MODELS)
+    """Return a run on whole layers that states neither ep nor what is recomputed."""
+    return run_rows.run(words, **{"tp": "1", "ep": "", "recompute": "", **cells})
 
 
 @pytest.mark.parametrize("task", ["sft", "lora"])
@@ -116,3 +99,13 @@ def test_a_deferred_head_waits_as_long_as_in_recipes_unless_told() -> None:
         ({"defer_embedding_wgrad_compute": False, "wgrad_deferral_limit": 50}, 0),
     ):
         assert run({"comm_overlap": words}).job.execution.deferred_head_microbatches == waiting
+
+
+def test_a_paged_stash_is_a_graph_of_the_whole_step_that_drops_no_token() -> None:
+    for words, graphs, balanced in (
+        ({"cuda_graph_impl": "none", "moe_paged_stash": True}, "full", False),
+        ({"cuda_graph_impl": "none"}, "none", False),
+        ({"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}, "full", True),
+    ):
+        found = run(words, model="qwen3-30b-a3b", ep="8").job.execution
+        assert (found.cuda_graphs, found.forced_balance) == (graphs, balanced)

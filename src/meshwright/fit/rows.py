@@ -82,7 +82,7 @@ def read_row(row: Mapping[str, str], models: Mapping[str, Any]) -> Run:
         layout=made,
         statistic=statistic,
         rank=rank,
-        is_module=s.task == "module",
+        is_module=s.is_module,
         assumed=tuple(dict.fromkeys((*model.assumed, *cluster.assumed, *s.assumed))),
     )
 

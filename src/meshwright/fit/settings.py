@@ -99,6 +99,12 @@ class Settings:
         text = self.cell("task").lower()
         return "pretrain" if text in NOT_STATED else text
 
+    @property
+    def is_module(self) -> bool:
+        """Whether one layer ran alone: with Megatron's defaults, which fuse nothing, and without an
+        optimizer."""
+        return self.task == "module"
+
     def number(self, name: str) -> int | None:
         """Return the whole number in a cell, or None where the row does not state it.
 
