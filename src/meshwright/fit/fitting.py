@@ -42,6 +42,8 @@ INNER_TURNS = 5
 LONGEST_MOVE = 0.4
 """How far a factor may go in one linear step, as a logarithm."""
 
+CLOCK_LIMITS = (0.85, 1.15)
+"""How far a card's clock may be from what the power law expects of it."""
 
 LIMITS: dict[str, tuple[float, float]] = {
     "matmul_fraction.ampere": (0.5, 0.95),
@@ -57,11 +59,11 @@ LIMITS: dict[str, tuple[float, float]] = {
     "attention_backward_fraction.ampere.flash2": (0.1, 0.9),
     "attention_backward_fraction.hopper.flash2": (0.1, 0.9),
     "attention_backward_fraction.blackwell.flash2": (0.05, 0.9),
-    "clock_fraction.B200-SXM-180GB": (0.85, 1.15),
-    "clock_fraction.GB300-288GB": (0.85, 1.15),
-    "clock_fraction.B300-SXM-288GB": (0.85, 1.15),
-    "clock_fraction.H100-SXM-96GB": (0.85, 1.15),
-    "clock_fraction.A100-PCIE-80GB": (0.85, 1.15),
+    "clock_fraction.B200-SXM-180GB": CLOCK_LIMITS,
+    "clock_fraction.GB300-288GB": CLOCK_LIMITS,
+    "clock_fraction.B300-SXM-288GB": CLOCK_LIMITS,
+    "clock_fraction.H100-SXM-96GB": CLOCK_LIMITS,
+    "clock_fraction.A100-PCIE-80GB": CLOCK_LIMITS,
     "scan_fraction.hopper": (0.01, 0.5),
     "scan_fraction.blackwell": (0.01, 0.5),
     "biased_experts_passes": (2, 60),
@@ -99,7 +101,12 @@ LIMITS: dict[str, tuple[float, float]] = {
     "step_overhead_s": (0.002, 0.1),
     "straggler_fraction": (0.0005, 0.03),
 }
-"""The factors that are fitted, and what each may be physically."""
+"""The factors that are fitted, and what each may be physically.
+
+Shares of peak are of the datasheet: Hopper and Blackwell meet their power limit before 85% of it in
+16 bit and 75% in FP8 or FP4; a grouped product reaches at most a little more than one matmul. What
+is not here is held fixed: ``docs/accuracy.md`` says where it comes from.
+"""
 
 _OF_EXPERTS = (
     "grouped_matmul_fraction",
@@ -113,10 +120,7 @@ _OF_EXPERTS = (
     "ep_hidden_fraction",
     "routing_sync_s",
 )
-
-
-CLOCK_LIMITS = (0.85, 1.15)
-"""What the clock of a card without an entry of its own may be."""
+"""Factors that no dense model is priced with."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +202,11 @@ def fit(
     progress: Callable[[str], None] = lambda _: None,
     prior_of: Callable[[Factors, str], float] = value_of,
 ) -> Factors:
-    """Return the factors that explain the runs best.
+    """Return the factors that explain the runs best, those of ``names`` moved within their limits.
 
     ``prior_of`` says what each factor is pulled to: where it starts, unless another is given.
+    ``progress`` is told the loss of each of the ``iterations``. Ref: Gauss-Newton with iteratively
+    reweighted squares; line search over a few lengths of each move.
     """
     at = np.log([value_of(start, n) for n in names])
     prior = np.log([prior_of(start, n) for n in names])
@@ -220,8 +226,8 @@ def fit(
 def uninformed(factors: Factors, name: str) -> float:
     """Return what a factor is taken to be where no run informs it.
 
-    A card's clock: 1, what the power law expects. A factor without a key: its default, set before
-    any fit. Shares by family are taken as fitted: no fold leaves a family without runs.
+    A card's clock: 1, what the power law expects. A factor without a key: its default, set
+    by hand. Shares by family are taken as fitted: no fold leaves a family without runs.
     """
     head, _, key = name.partition(".")
     if head == "clock_fraction":

@@ -64,7 +64,10 @@ def _lora_targets(s: Settings, framework: Framework) -> frozenset[str]:
 def read_execution(
     s: Settings, framework: Framework, architecture: str = "", *, by_op: bool = False
 ) -> Execution:
-    """Return the switches of a row."""
+    """Return the switches of a row: what it states, else what its framework does.
+
+    ``architecture`` and ``by_op`` as in ``read_job``.
+    """
     attention = s.text("attention", "attention_backend")
     flash = framework.flash_attention
     if attention:
