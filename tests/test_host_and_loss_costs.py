@@ -102,7 +102,10 @@ def test_the_async_tensor_parallelism_of_pytorch_hides_less_than_user_buffers() 
         return estimate(LLAMA, cluster, asked, x).time["tp_comm_s"]
 
     none, whole = exposed_s(overlap_tp_comm=False), exposed_s()
-    assert whole < exposed_s(asynchronous_tp=True) < none
+    some = exposed_s(asynchronous_tp=True)
+    assert whole < some < none
+    # torchtitan with and without, 8B on 64 and 70B on 256 H100: 0.33 and 0.26 of it go.
+    assert 0.25 < 1.0 - some / none < 0.34
 
 
 def test_the_fullest_rank_gets_a_share_of_what_it_would_get_if_all_chose_it() -> None:

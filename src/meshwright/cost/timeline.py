@@ -29,7 +29,7 @@ def timeline(
     """Return every action of a step that has so many micro-batches, rank by rank.
 
     Ref: as ``cost.step.simulate_group``, which prices whole steps. Left out: what comes after the
-    pipeline, the exchange of gradients and the update.
+    pipeline, weight gradients of the head that wait for it, the exchange of gradients, the update.
     """
     t = prepare(model, cluster, job, table([layout]))
     (group,) = by_pipeline(job, t.x, t.priced)
