@@ -276,8 +276,12 @@ def op_seconds(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     return fwd, bwd, np.zeros_like(fwd)
 
 
+FUSED_EXPERTS = ("fp8-mx", "nvfp4")
+"""Recipes whose grouped MLP Transformer Engine has as one op. Ref: ``fuse_grouped_mlp_ops``."""
+
+
 def _is_fused_away(p: Pricing) -> bool:
-    return p.job.execution.fused_experts and p.job.precision.quantise_bytes_per_element > 0
+    return p.job.execution.fused_experts and p.job.precision.name in FUSED_EXPERTS
 
 
 LOSS_BYTES: dict[CrossEntropy, tuple[float, float]] = {
@@ -351,9 +355,9 @@ def _adapter_s(op: Op, m: Floats, k: Floats, n: Floats, p: Pricing) -> tuple[Flo
 def _grouped_op(op: Op, p: Pricing) -> tuple[Floats, Floats, Floats]:
     """Return the seconds of a product of all experts, forward and both gradients.
 
-    Transformer Engine's op fuser quantises what passes between the two products of an MLP, and
-    runs its activation, in the kernels of the products. Ref: TransformerEngine,
-    ``ops.fused.forward_grouped_mlp``.
+    With ``FUSED_EXPERTS`` Transformer Engine's op fuser quantises what passes between the two
+    products of an MLP, and runs its activation, in the kernels of the products. Ref:
+    TransformerEngine 2.20, ``pytorch.ops.fused.grouped_mlp``.
     """
     m, k, n = _sides(op, p)
     experts = np.maximum(op.copies / p.slice.ep, 1.0)
