@@ -83,8 +83,10 @@ def block_seconds(block: Block, p: Pricing) -> BlockSeconds:
     """Price a block: kernels, the communication its split forces, and what is run again.
 
     Backward = input gradients + weight gradients + recomputed forwards. A weight that is frozen
-    (LoRA) has no weight gradient. Ref: Narayanan et al., arXiv:2104.04473; Korthikanti et al.,
-    arXiv:2205.05198. Left out: contention of communication kernels for multiprocessors.
+    (LoRA) has no weight gradient. Without CUDA graphs no pass is faster than the host that launches
+    it: modules * ``module_host_s`` + kernels * ``host_op_s``, 1.5 times that backward, and
+    ``RERUN_MODULES`` more for each stretch of ops that is run again. Ref: Narayanan et al.,
+    arXiv:2104.04473; Korthikanti et al., arXiv:2205.05198. Left out: contention of communication kernels for multiprocessors.
     """
     d = len(p.slice.tp)
     forward, backward = np.zeros((d, NUM_KINDS)), np.zeros((d, NUM_KINDS))
@@ -514,8 +516,9 @@ def comm_seconds(op: Op, comm: Comm, beside_s: Floats, p: Pricing) -> tuple[int,
 
     Tensor and expert parallelism: seconds * (1 - hidden fraction), with ``overlap_tp_comm`` (only
     under sequence parallelism) or ``overlap_ep_comm``; all of them without the switch. Context
-    parallelism hides behind ``beside_s`` [D], the op's own forward time.
-    Ref: the hidden fractions are fitted. Left out: how long the compute beside it is.
+    parallelism hides behind ``beside_s`` [D], the op's own forward time. PyTorch's async TP hides
+    ``ASYNC_TP_SHARE`` of what user buffers do. Ref: the hidden fractions are fitted. Left out: how
+    long the compute beside it is.
     """
     if comm.kind in ("enter_tp", "exit_tp", "exit_vocab"):
         fwd, bwd = tensor_parallel_s(comm, p)
