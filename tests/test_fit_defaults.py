@@ -22,8 +22,9 @@ def test_nemo_packs_what_it_fine_tunes_on(framework: str, task: str) -> None:
     words = {"framework": framework}
     assert run(words, task=task).job.execution.packed_sample_tokens > 0
     assert run(words, task="pretrain").job.execution.packed_sample_tokens == 0
-    unpacked = run({**words, "finetuning_dataset": "SQuAD, padded"}, task=task)
-    assert unpacked.job.execution.packed_sample_tokens == 0
+    for dataset in ("SQuAD, padded", "SQuAD, unpacked", "not packed"):
+        unpacked = run({**words, "finetuning_dataset": dataset}, task=task)
+        assert unpacked.job.execution.packed_sample_tokens == 0
 
 
 def test_other_frameworks_pack_where_they_say_so() -> None:

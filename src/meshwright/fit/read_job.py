@@ -172,7 +172,7 @@ def _packs_samples(s: Settings, framework: Framework) -> bool:
     """Return whether many short samples fill a sequence, each of which attends to itself alone."""
     dataset = s.text("finetuning_dataset", "dataset")
     if dataset or s.task not in ("sft", "lora"):
-        return "packed" in dataset
+        return bool(re.search("(?<!un)(?<!not )packed", dataset))
     return framework.packs_samples
 
 
