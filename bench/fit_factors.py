@@ -89,9 +89,10 @@ def as_toml(factors: Factors) -> str:
         "# Fitted factors of the cost model. Facts of hardware are in describe/hardware.",
         f"# How: bench/fit_factors.py on the shipped runs, {today}, Python "
         f"{platform.python_version()} on {machine}.",
-        "# Not fitted: module_host_s (layers of tiny models in Megatron-LM's tests on H100),",
-        "# attention fractions but those of flash2, softmax_share (published speeds of kernels:",
-        "# arXiv:2307.08691, arXiv:2407.08608, cuDNN's on Blackwell).",
+        "# Not fitted, by publications of the kernels (arXiv:2307.08691, arXiv:2407.08608, cuDNN):",
+        "# softmax_share, attention fractions but hopper.flash2, blackwell.flash2 and the backward",
+        "# of ampere.flash2. Measured: module_host_s, memory. By hand: dp_ and pp_hidden_fraction,",
+        "# checkpoint_sync_s, scan_fraction.ampere, usual_w_per_tflops.",
         "",
     ]
     tables: list[str] = []

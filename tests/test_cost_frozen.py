@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from meshwright.cost.blocks import Pricing, op_seconds, pricing
 from meshwright.cost.detail import Estimate, estimate
 from meshwright.cost.factors import fitted
+from meshwright.cost.ops import op_seconds
+from meshwright.cost.pricing import Pricing, pricing
 from meshwright.cost.slices import slices
 from meshwright.describe.cluster import load_cluster
 from meshwright.describe.job import Execution, Job, Task, precision

@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from meshwright.cost.blocks import context_parallel_s, op_seconds, pricing
 from meshwright.cost.comm import Span, all_reduce_s, network
 from meshwright.cost.compute import power_fraction, speeds
 from meshwright.cost.detail import Estimate, estimate
+from meshwright.cost.exchange import context_parallel_s
 from meshwright.cost.factors import Factors, factors_of, fitted, most_specific
 from meshwright.cost.memory import statistic_bytes
+from meshwright.cost.ops import op_seconds
+from meshwright.cost.pricing import pricing
 from meshwright.cost.slices import slices
 from meshwright.describe.cluster import load_cluster, load_gpu
 from meshwright.describe.job import Execution, Job, precision

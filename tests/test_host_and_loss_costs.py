@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from meshwright.cost.blocks import LOSS_BYTES, op_seconds, pricing
 from meshwright.cost.comm import Span, dispatch_s, network
 from meshwright.cost.detail import Estimate, estimate
 from meshwright.cost.factors import fitted
+from meshwright.cost.ops import LOSS_BYTES, op_seconds
+from meshwright.cost.pricing import pricing
 from meshwright.cost.slices import slices
 from meshwright.describe.cluster import load_cluster
 from meshwright.describe.job import Execution, Job, precision

@@ -39,7 +39,6 @@ class Speeds:
     exponentials_per_s: float
     attention_backward_flops_per_s: float
     grouped_fraction: float
-    grouped_16_bit_fraction: float
     scan_flops_per_s: float
     hbm_bytes_per_s: float
     half_rows: float
@@ -68,7 +67,6 @@ def speeds(gpu: Gpu, precision: Precision, execution: Execution, factors: Factor
         * most_specific(factors.attention_backward_fraction, kind, kernel, 0.5)
         * clock,
         grouped_fraction=most_specific(factors.grouped_matmul_fraction, kind, matmul, 0.85),
-        grouped_16_bit_fraction=most_specific(factors.grouped_matmul_fraction, kind, wide, 0.85),
         scan_flops_per_s=peak[wide]
         * most_specific(factors.scan_fraction, kind, wide, 0.03)
         * clock,

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.cost.blocks import COMPUTE, CP, EP, TP
 from meshwright.cost.compute import supported_dtype
 from meshwright.cost.factors import Factors
 from meshwright.cost.flops import model_flops_per_step
 from meshwright.cost.peak import PHASES
+from meshwright.cost.pricing import COMPUTE, CP, EP, TP
 from meshwright.cost.stages import stages
 from meshwright.cost.step import (
     MEMORY_TERMS,

@@ -12,7 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from meshwright.cost import blocks, comm, compute, data_parallel, memory, step
+from meshwright.cost import (
+    blocks,
+    comm,
+    compute,
+    data_parallel,
+    exchange,
+    host,
+    memory,
+    ops,
+    step,
+)
 from meshwright.cost.detail import Estimate
 from meshwright.cost.flops import model_flops_per_step
 from meshwright.errors import MeshwrightError, did_you_mean
@@ -61,14 +71,17 @@ TERMS: dict[str, Term] = {
         (step.simulate_group, pipeline.simulate),
     ),
     "compute_s": Term(
-        "Kernels of forward and backward on the slowest rank.",
+        "Kernels of forward and backward on the slowest rank, and what they wait for the host.",
         (
             compute.matmul_s,
             compute.grouped_matmul_s,
             compute.attention_s,
             compute.attention_backward_s,
             compute.stream_s,
+            ops.loss_s,
+            ops.fullest,
             compute.power_fraction,
+            host.wait_for_host,
         ),
     ),
     "recompute_s": Term(
@@ -78,19 +91,19 @@ TERMS: dict[str, Term] = {
     "tp_comm_s": Term(
         "Tensor-parallel communication that its overlap switch does not hide.",
         (
-            blocks.comm_seconds,
-            blocks.tensor_parallel_s,
+            exchange.comm_seconds,
+            exchange.tensor_parallel_s,
             comm.all_gather_s,
             comm.all_reduce_s,
         ),
     ),
     "cp_comm_s": Term(
         "Exchange of keys and values that attention does not hide.",
-        (blocks.context_parallel_s, comm.ring_step_s, comm.all_gather_s),
+        (exchange.context_parallel_s, comm.ring_step_s, comm.all_gather_s),
     ),
     "ep_comm_s": Term(
         "Routed tokens sent to their experts and back, less what is overlapped.",
-        (blocks.comm_seconds, blocks.expert_parallel_s, comm.all_to_all_s, comm.dispatch_s),
+        (exchange.comm_seconds, exchange.expert_parallel_s, comm.all_to_all_s, comm.dispatch_s),
     ),
     "pp_comm_s": Term(
         "What messages between stages add to the simulated schedule.",

@@ -31,6 +31,7 @@ class Factors:
     ``grouped_half_rows`` those of one expert. ``softmax_share``: exponentials that attention
     does not hide behind its matmuls. ``hbm_fraction``: share of HBM bandwidth of streaming
     kernels; ``unfused_traffic``: times the traffic of fused kernels that separate ones need.
+    ``grouped_matmul_fraction``: speed of grouped products over that of single ones.
     ``quantise_traffic`` the same for the kernels of a recipe of quantising, by its name;
     ``weight_cast_share``: micro-batches that quantise weights anew. ``scan_fraction``: share of
     peak of state-space scans.
@@ -54,7 +55,8 @@ class Factors:
     host; ``checkpoint_sync_s`` that of one recomputed layer that saves random states through
     the host; ``step_overhead_s``: what each step waits for beside it; ``straggler_fraction``:
     what each doubling of the nodes adds to a step.
-    Memory. ``framework_bytes``: context, libraries and communicators outside the allocator.
+    Memory. ``framework_bytes``: context and libraries outside the allocator,
+    ``communicator_bytes`` one communicator.
     ``fragmentation_fraction``: allocator blocks that are held but unused, per byte of tensors that
     live shorter than a micro-batch; ``expandable_fraction`` the same with expandable segments.
     """

@@ -12,10 +12,10 @@ from typing import Literal
 
 import numpy as np
 
-from meshwright.cost.blocks import Pricing
 from meshwright.cost.columns import Floats
 from meshwright.cost.factors import Factors
 from meshwright.cost.parameters import is_adapted
+from meshwright.cost.pricing import Pricing
 from meshwright.describe.cluster import Gpu
 from meshwright.describe.job import CrossEntropy, Job
 from meshwright.describe.model import Block, Model, Op, OpKind, Saved

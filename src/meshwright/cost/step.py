@@ -12,15 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost.blocks import (
-    COMPUTE,
-    NUM_KINDS,
-    RECOMPUTE,
-    BlockSeconds,
-    Pricing,
-    block_seconds,
-    pricing,
-)
+from meshwright.cost.blocks import BlockSeconds, block_seconds
 from meshwright.cost.columns import Floats, Index, distinct, distinct_index
 from meshwright.cost.comm import all_gather_s, distinct_spans, network, point_to_point_s
 from meshwright.cost.data_parallel import (
@@ -49,6 +41,7 @@ from meshwright.cost.memory import (
 )
 from meshwright.cost.parameters import block_params_per_rank, trained_params_per_rank
 from meshwright.cost.peak import HeldBytes, Phase, running_bytes, update_instead
+from meshwright.cost.pricing import COMPUTE, NUM_KINDS, RECOMPUTE, Pricing, pricing
 from meshwright.cost.slices import slice_keys, slices
 from meshwright.cost.stages import (
     PIPELINE_COLUMNS,

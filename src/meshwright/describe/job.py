@@ -188,7 +188,6 @@ class Execution:
     """Modules whose kept tensors wait on the host, in Megatron's ``--offload-modules`` words."""
     power_boost: bool = False
     """More of the card's power for the cores than for memory (``vboost``)."""
-    cross_entropy_in_fp32: bool = False
     bucket_bytes: float = 0.0
     """Flat buffers that gradients are reduced and weights gathered in, beside both."""
     gathers_from_master: bool = False

@@ -388,7 +388,7 @@ def effective(execution: Execution, x: Layout[int], moe: bool = True) -> Executi
 
     ``moe``: the model has experts.
     """
-    idle: list[str] = ["overlap_cp_comm", "forced_balance", "cross_entropy_in_fp32"]
+    idle: list[str] = ["overlap_cp_comm", "forced_balance"]
     if x.zero == Zero.no_shard or x.dp * x.cp == 1:
         idle.append("overlap_param_gather")
     if x.zero > Zero.optim:

@@ -13,9 +13,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from meshwright.cost.blocks import CP, EP, TP, Pricing, pricing, tensor_parallel_s
 from meshwright.cost.data_parallel import Weights, dp_comm_s, rows_of
+from meshwright.cost.exchange import tensor_parallel_s
 from meshwright.cost.factors import Factors
+from meshwright.cost.pricing import CP, EP, TP, Pricing, pricing
 from meshwright.cost.slices import slices
 from meshwright.cost.stages import stages
 from meshwright.cost.step import Group, Table, by_pipeline, memory_of_candidates, prepare
