@@ -92,7 +92,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "dispatch_token_bytes": (100, 2e4),
     "collective_s": (3e-06, 4e-05),
     "tp_hidden_fraction": (0.1, 0.95),
-    "ep_hidden_fraction": (0.55, 0.98),
+    "ep_hidden_fraction": (0.2, 0.98),
     "dp_contention_fraction": (0.01, 0.6),
     "cp_hidden_fraction": (0.1, 0.98),
     "kernel_s": (1e-06, 8e-06),
