@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import run_rows
 from meshwright.__main__ import main
 from meshwright.cli import app
 from meshwright.describe.gpu import load_gpu
@@ -24,21 +25,9 @@ MODELS_FILE = str(shipped("models.json.gz"))
 MODELS = load_models(shipped("models.json.gz"))
 
 ROW = {
-    "id": "a",
+    **run_rows.ROW,
     "source": "somebody/some-very-long-repository-name:docs/performance-summary.md",
-    "model": "llama3-8b",
-    "gpu": "H100-SXM-80GB",
     "n_gpus": "16",
-    "precision": "bf16",
-    "gbs": "64",
-    "mbs": "1",
-    "seq_len": "4096",
-    "tp": "2",
-    "pp": "1",
-    "cp": "1",
-    "ep": "1",
-    "fsdp": "none",
-    "recompute": "none",
     "quality": "benchmark",
     "consistency": "ok",
     "step_time_best_s": "2.5",
