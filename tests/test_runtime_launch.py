@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,13 @@ def test_a_rank_that_hangs_is_named_after_the_timeout_and_none_survives(tmp_path
     assert time.monotonic() - start_s < 10
     pids = [int((tmp_path / str(rank)).read_text(encoding="ascii")) for rank in range(2)]
     assert not any(map(_alive, pids))
+
+
+def test_what_the_engine_gives_up_after_the_time_is_no_cause() -> None:
+    ours, theirs = Pipe()
+    theirs.send(("failed", time.time() + 10, None, "RuntimeError: Connect timeout", "a.py:1"))
+    with pytest.raises(LaunchError, match="Not done after 5 s"):
+        launch._collect([ours], [], 5.0)  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan"), float("inf")])

@@ -341,7 +341,7 @@ def _describe(error: BaseException) -> tuple[_Own | None, str, str]:
 def _collect(pipes: list[Any], processes: list[BaseProcess], timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, tuple[float, _Own | None, str, str]] = {}
-    deadline = time.monotonic() + timeout_s
+    deadline, ends = time.monotonic() + timeout_s, time.time() + timeout_s
     waiting = dict(enumerate(pipes))
     while waiting:
         ready = wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
@@ -359,12 +359,14 @@ def _collect(pipes: list[Any], processes: list[BaseProcess], timeout_s: float) -
                     failures[rank] = cast("tuple[float, _Own | None, str, str]", rest)
         if failures:
             deadline = min(deadline, time.monotonic() + GRACE_S)
-    if failures:
+    # What the engine itself gave up after the time was over is no cause of its own.
+    late = {rank for rank, (at, own, *_) in failures.items() if own is None and at > ends}
+    if failures.keys() - late:
         raise _first_cause(failures)
-    if waiting:
+    if waiting or late:
         raise LaunchError(
             "rank",
-            ", ".join(map(str, sorted(waiting))),
+            ", ".join(map(str, sorted({*waiting, *late}))),
             f"Not done after {timeout_s:g} s; every process was ended.",
             "Give a longer timeout, or look at what that rank waits for.",
         )
