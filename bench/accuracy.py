@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meshwright.cost.detail import BAND_FRACTION
 from meshwright.fit.documents import load_models, load_runs, shipped
 from meshwright.fit.predict import Prediction, predict
-from meshwright.fit.summary import summarize
+from meshwright.fit.summary import TUNED, memory_error, summarize
 
 SMALLEST_CHANGE = 0.03
 """Measured changes below this are within the noise between two runs."""
@@ -48,11 +49,63 @@ def main() -> None:
             for gpu, errors in results[name][kind].get("by_gpu", {}).items():
                 print(f"    {gpu:<28} {_text(errors)}")
         print(name, "ranking", results[name]["ranking"])
+        results[name]["ranking_tuned"] = ranking_of_tuned(rows, found)
+        print(name, "ranking, sweeps left out", results[name]["ranking_tuned"])
+    results["capacity"] = capacity(known, by_id)
+    print("capacity", results["capacity"])
+    results["allocated"] = allocated(known, by_id)
+    print("allocated", results["allocated"])
     results["changes"] = changes(load_runs(shipped("ablations.csv.gz")), known, by_id)
     for kind, counts in results["changes"].items():
         print(f"changes: {kind:<26} {counts['right']} of {counts['pairs']} have the right sign")
     if wanted.output:
         wanted.output.write_text(json.dumps(results, indent=1) + "\n", encoding="ascii")
+
+
+def ranking_of_tuned(
+    rows: Sequence[Mapping[str, str]], found: Sequence[Prediction]
+) -> dict[str, Any]:
+    """Return the ranking of runs that were tuned or controlled, single iterations left out."""
+    tuned = [r for r in rows if (r.get("quality") or "").strip() in TUNED]
+    ids = {r["id"] for r in tuned}
+    return summarize(tuned, [p for p in found if p.id in ids], {})["ranking"]
+
+
+def capacity(
+    known: Mapping[str, Prediction], rows: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, int]]:
+    """Return what is said of runs that ran and that ended out of memory, and what measured peaks
+    of the whole card hold of the peak that is compared with its capacity."""
+    said: dict[str, dict[str, int]] = {"ran": {}, "oom": {}, "beyond_the_band": {}}
+    for p in known.values():
+        if p.estimate is None:
+            continue
+        statistic = rows[p.id].get("peak_memory_stat") or ""
+        kind, verdict = "oom" if statistic == "oom" else "ran", p.estimate.verdict
+        said[kind][verdict] = said[kind].get(verdict, 0) + 1
+        if statistic in ("reserved", "nvidia-smi") and p.measured_peak_bytes:
+            beyond = p.measured_peak_bytes > p.estimate.peak_bytes / (1.0 - BAND_FRACTION)
+            counts = said["beyond_the_band"]
+            counts["runs"] = counts.get("runs", 0) + 1
+            counts[statistic] = counts.get(statistic, 0) + int(beyond)
+    return said
+
+
+def allocated(
+    known: Mapping[str, Prediction], rows: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """Return how many peaks of allocated memory are far off, and the mean of the one-node B200s."""
+    errors: dict[str, float] = {}
+    for p in known.values():
+        error = memory_error(p)
+        if error is not None and rows[p.id].get("peak_memory_stat") == "allocated":
+            errors[p.id] = abs(error)
+    b200 = [e for i, e in errors.items() if rows[i]["gpu"] == "B200" and rows[i]["n_gpus"] == "8"]
+    return {
+        "beyond_6_percent": sum(e > 0.06 for e in errors.values()),
+        "one_node_b200_runs": len(b200),
+        "one_node_b200_mean": sum(b200) / max(len(b200), 1),
+    }
 
 
 def changes(

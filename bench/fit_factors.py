@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -82,17 +83,34 @@ def held(runs: Sequence[Measured], left_out: Floats, *, gpu_is_new: bool) -> str
     return f"intervals hold {np.mean(np.abs(left_out) <= np.asarray(widths)):.1%}"
 
 
+def held_fixed(factors: Factors) -> list[str]:
+    """Return the dotted names of the factors that no run moves."""
+    names: list[str] = []
+    for entry in fields(Factors):
+        value: Any = getattr(factors, entry.name)
+        if isinstance(value, Mapping):
+            known = cast("Mapping[str, float]", value)
+            names += [f"{entry.name}.{key}" for key in sorted(known)]
+        else:
+            names.append(entry.name)
+    return [name for name in names if name not in LIMITS]
+
+
 def as_toml(factors: Factors) -> str:
     """Return the document of ``factors.toml``."""
     today, machine = datetime.date.today().isoformat(), platform.machine()
+    fixed = ", ".join(held_fixed(factors))
     lines = [
         "# Fitted factors of the cost model. Facts of hardware are in describe/hardware.",
         f"# How: bench/fit_factors.py on the shipped runs, {today}, Python "
         f"{platform.python_version()} on {machine}.",
-        "# Not fitted, by publications of the kernels (arXiv:2307.08691, arXiv:2407.08608, cuDNN):",
-        "# softmax_share, attention fractions but hopper.flash2, blackwell.flash2 and the backward",
-        "# of ampere.flash2. Measured: module_host_s, memory. By hand: dp_ and pp_hidden_fraction,",
-        "# checkpoint_sync_s, scan_fraction.ampere, usual_w_per_tflops.",
+        *textwrap.wrap(
+            f"Not fitted (docs/accuracy.md says where each is from): {fixed}.",
+            width=98,
+            initial_indent="# ",
+            subsequent_indent="# ",
+            break_on_hyphens=False,
+        ),
         "",
     ]
     tables: list[str] = []

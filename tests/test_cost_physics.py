@@ -100,7 +100,7 @@ def test_graphs_of_some_modules_save_part_of_what_whole_graphs_save() -> None:
 def test_overlapping_the_exchange_of_experts_saves_part_of_it_beside_what_its_kernels_take() -> (
     None
 ):
-    # 27 runs with the switch say 46%: kernels that send tokens take multiprocessors from compute.
+    # As fitted: kernels that send tokens take multiprocessors from the compute they hide behind.
     apart = deepseek().time["ep_comm_s"]
     assert 0.3 * apart < deepseek(overlap_ep_comm=True).time["ep_comm_s"] < 0.7 * apart
 

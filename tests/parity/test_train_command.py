@@ -91,6 +91,16 @@ def test_a_rank_with_another_config_is_named_by_all(tmp_path: Path) -> None:
     assert all("Its settings differ from those of rank 0" in text for text in told)
 
 
+def refuse(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run ``train`` with words that it has to refuse, with exit status 2."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["meshwright", "train", str(config), *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -108,14 +118,9 @@ def test_bad_input_is_told_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(CONFIG), encoding="utf-8")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(sys, "argv", ["meshwright", "train", str(config), *words])
-    with pytest.raises(SystemExit) as ended:
-        main()
+    refuse(words, tmp_path, monkeypatch)
     error = capsys.readouterr().err
-    assert ended.value.code == 2
     assert "Traceback" not in error
     assert "error:" in error
     assert told in error
@@ -137,14 +142,9 @@ def test_a_world_that_cannot_be_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(CONFIG), encoding="utf-8")
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(sys, "argv", ["meshwright", "train", str(config), "--layout", "tp=2"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
+    refuse(("--layout", "tp=2"), tmp_path, monkeypatch)
     assert told in capsys.readouterr().err
 
 

@@ -34,11 +34,9 @@ def block_seconds(block: Block, p: Pricing) -> BlockSeconds:
     """Price a block: kernels, the communication its split forces, and what is run again.
 
     Backward = input gradients + weight gradients + recomputed forwards. A weight that is frozen
-    (LoRA) has no weight gradient. Without CUDA graphs no pass is faster than the host that launches
-    it: modules * ``module_host_s`` + kernels * ``host_op_s``, 1.5 times that backward, and
-    ``RERUN_MODULES`` more for each stretch of ops that is run again. Ref: Narayanan et al.,
-    arXiv:2104.04473; Korthikanti et al., arXiv:2205.05198. Left out: contention of
-    communication kernels for multiprocessors.
+    (LoRA) has no weight gradient. Without CUDA graphs the host is a floor (``wait_for_host``).
+    Ref: Narayanan et al., arXiv:2104.04473; Korthikanti et al., arXiv:2205.05198. Left out:
+    contention of communication kernels for multiprocessors.
     """
     d = len(p.slice.tp)
     forward, backward = np.zeros((d, NUM_KINDS)), np.zeros((d, NUM_KINDS))

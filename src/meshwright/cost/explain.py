@@ -86,7 +86,7 @@ TERMS: dict[str, Term] = {
     ),
     "recompute_s": Term(
         "Forwards run again in the backward pass, with their communication.",
-        (blocks.block_seconds,),
+        (blocks.block_seconds, host.wait_for_host),
     ),
     "tp_comm_s": Term(
         "Tensor-parallel communication that its overlap switch does not hide.",

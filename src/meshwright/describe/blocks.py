@@ -246,8 +246,6 @@ def head_block(facts: Decoder) -> Block:
         kind=OpKind.cross_entropy,
         out_features=vocab,
         where="tp",
-        moved_per_token=2 * vocab,
-        backward_moved_per_token=2 * vocab,
         saved=(Saved(name="logits", elements=vocab, where="tp"),),
         comm=(Comm(kind="exit_vocab", elements=3),),
         trained_in_16_bit=True,
